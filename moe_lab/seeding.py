@@ -1,0 +1,46 @@
+"""Randomness by position: every random number is a function of a key such as (seed, "noise", step, layer).
+
+No generator is carried along, so nothing has to be saved for a run to resume exactly, and two runs that differ
+in one part share every number of the others.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+
+
+def generator(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator seeded by a hash of `key`; equal keys give equal streams on the same device type."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+
+
+def parameter(*shape: int, std: float) -> nn.Parameter:
+    """A parameter that `initialise` will fill with N(0, std^2); infinite std stands for ones (norm gains)."""
+    p = nn.Parameter(torch.empty(shape))
+    p.init_std = std  # pyright: ignore[reportAttributeAccessIssue]
+    return p
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int) -> None:
+    """Fill every parameter from (seed, its name): equal names start equal, whatever else the model holds."""
+    for name, p in module.named_parameters():
+        std: float = p.init_std  # pyright: ignore[reportAttributeAccessIssue]
+        if math.isinf(std):
+            p.fill_(1.0)
+        elif std == 0:
+            p.zero_()
+        else:
+            p.copy_(torch.randn(p.shape, generator=generator(seed, "init", name)) * std)
+
+
+def noise(kind: str, shape: tuple[int, ...], *key: int | str) -> torch.Tensor:
+    """Standard draws, fp32 on the CPU (so that devices agree): `gaussian` N(0, 1) or `gumbel` -log(Exp(1))."""
+    g = generator(*key)
+    if kind == "gaussian":
+        return torch.randn(shape, generator=g)
+    assert kind == "gumbel", kind
+    return -torch.empty(shape).exponential_(generator=g).log()

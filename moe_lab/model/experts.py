@@ -1,0 +1,126 @@
+"""Experts: stacked feed-forward networks and the ways to run them on rows sorted by expert.
+
+Shapes: N rows sorted by expert, D width, F hidden, E experts, I input-side neurons (F, or 2F for gated experts).
+"""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from moe_lab.config import option
+from moe_lab.seeding import parameter
+
+PosInt = Annotated[int, Field(ge=1)]
+Backend = Literal["auto", "grouped", "loop"]
+
+
+class FeedForward(nn.Module):
+    """One dense feed-forward network, x [T, D] -> [T, D]; shared experts and the dense baseline."""
+
+    def __init__(self, dim: int, width: int, kind: type["Experts"], depth: int):
+        super().__init__()
+        self.kind = kind
+        self.w_in_DI = parameter(dim, kind.sides * width, std=dim**-0.5)
+        self.w_out_FD = parameter(width, dim, std=(2 * depth * width) ** -0.5)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        h_TI = x_TD @ self.w_in_DI.to(x_TD.dtype)
+        return self.kind.activate(h_TI) @ self.w_out_FD.to(x_TD.dtype)
+
+
+class Experts(nn.Module):
+    """E networks of one shape. `forward(rows_ND, counts_E)` runs expert e on its own slice of the sorted rows.
+
+    Rows behind the last expert's (dropped by capacity) come out undefined; the plan masks them.
+    """
+
+    sides = 1  # input-side matrices: 1, or 2 for gated experts (gate first)
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        *,
+        num: PosInt = 8,
+        width: PosInt = 256,
+        shared_experts: Annotated[int, Field(ge=0)] = 0,
+        capacity_factor: Annotated[float, Field(gt=0)] | None = None,
+        backend: Backend = "auto",
+    ):
+        super().__init__()
+        self.num, self.width, self.backend = num, width, backend
+        self.shared_experts, self.capacity_factor = shared_experts, capacity_factor
+        self.w_in_EDI = parameter(num, dim, self.sides * width, std=dim**-0.5)
+        # Residual branches shrink with depth, so that the stream's variance does not grow with it (GPT-2).
+        self.w_out_EFD = parameter(num, width, dim, std=(2 * depth * width) ** -0.5)
+
+    @staticmethod
+    def neurons(h_NI: Tensor) -> Tensor:
+        """Activation of the neurons that read the input directly, [N, F]: the gate side of gated experts."""
+        raise NotImplementedError
+
+    @classmethod
+    def activate(cls, h_NI: Tensor) -> Tensor:
+        """Input-side products [N, I] -> hidden [N, F]."""
+        return cls.neurons(h_NI)
+
+    def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        multiply = self._product(rows_ND)
+        return multiply(self.activate(multiply(rows_ND, self.w_in_EDI, counts_E)), self.w_out_EFD, counts_E)
+
+    def hidden(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Activations of the input-side neurons, [N, F]."""
+        return self.neurons(self._product(rows_ND)(rows_ND, self.w_in_EDI, counts_E))
+
+    def read_in_EFD(self) -> Tensor:
+        """Each expert's input-side rows (the gate's for gated experts), [E, F, D]."""
+        return self.w_in_EDI[:, :, : self.width].transpose(1, 2)
+
+    def _product(self, rows_ND: Tensor):
+        """grouped_mm has no fp64 and needs rows of whole 16 bytes (torch 2.13)."""
+        if self.backend == "auto":
+            aligned = all(n * rows_ND.element_size() % 16 == 0 for n in (self.w_in_EDI.shape[1], self.width))
+            return grouped if aligned and rows_ND.dtype != torch.float64 else loop
+        return {"grouped": grouped, "loop": loop}[self.backend]
+
+
+def grouped(rows_NX: Tensor, w_EXY: Tensor, counts_E: Tensor) -> Tensor:
+    """One grouped product for all experts, without a host sync (CUDA: bf16 on SM90+)."""
+    return F.grouped_mm(rows_NX, w_EXY.to(rows_NX.dtype), offs=counts_E.cumsum(0, dtype=torch.int32))
+
+
+def loop(rows_NX: Tensor, w_EXY: Tensor, counts_E: Tensor) -> Tensor:
+    """The oracle: a product per expert; any dtype and size. Unbind once: `w[e]` would cost a full gradient each."""
+    counts = counts_E.tolist()
+    rest = rows_NX.shape[0] - sum(counts)
+    parts = rows_NX.split([*counts, rest])
+    outs = [part @ w.to(rows_NX.dtype) for part, w in zip(parts, w_EXY.unbind(0), strict=False)]
+    return torch.cat([*outs, rows_NX.new_zeros(rest, w_EXY.shape[2])])
+
+
+@option("experts", "mlp")
+class MLP(Experts):
+    """Two matrices and a GELU."""
+
+    @staticmethod
+    def neurons(h_NI: Tensor) -> Tensor:
+        return F.gelu(h_NI)
+
+
+@option("experts", "swiglu")
+class SwiGLU(Experts):
+    """SiLU(x W_gate) * (x W_up), then W_out (Shazeer 2020, arXiv 2002.05202)."""
+
+    sides = 2
+
+    @staticmethod
+    def neurons(h_NI: Tensor) -> Tensor:
+        return F.silu(h_NI.chunk(2, -1)[0])
+
+    @classmethod
+    def activate(cls, h_NI: Tensor) -> Tensor:
+        gate_NF, up_NF = h_NI.chunk(2, -1)
+        return F.silu(gate_NF) * up_NF

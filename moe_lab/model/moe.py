@@ -1,0 +1,36 @@
+"""The MoE layer: route, gather, run experts, combine. It owns the selection bias, which a balancer may move.
+
+Shapes: T tokens, D width, E experts.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.model.experts import Experts, FeedForward
+from moe_lab.routing import Assignments, Context, Router, Routing
+
+
+class MoE(nn.Module):
+    """x [T, D] -> (y [T, D], Routing). Tokens dropped by capacity get nothing here and keep their residual."""
+
+    bias_E: Tensor
+
+    def __init__(self, router: Router, experts: Experts, depth: int):
+        super().__init__()
+        self.router, self.experts = router, experts
+        n = experts.shared_experts
+        self.shared = FeedForward(router.dim, n * experts.width, type(experts), depth) if n else None
+        self.register_buffer("bias_E", torch.zeros(experts.num))
+
+    def forward(self, x_TD: Tensor, ctx: Context) -> tuple[Tensor, Routing]:
+        routing = self.router(x_TD, ctx)
+        plan = routing.plan
+        if self.experts.capacity_factor is not None and isinstance(plan, Assignments):
+            plan = plan.limit(self.experts.capacity_factor)
+            routing = replace(routing, plan=plan)
+        y_TD = plan.combine(self.experts(plan.gather(x_TD), plan.counts_E))
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD, routing

@@ -1,0 +1,32 @@
+"""The fully soft mixture: every expert on every token, weighted by its probability."""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from moe_lab.config import option
+from moe_lab.routing import Mixture, Plan, Router
+
+
+@option("router", "dense")
+class Dense(Router):
+    """Exact gradient at E times the cost of one expert. Its k strongest count as its choice.
+
+    Source: the mixture of Jacobs et al. 1991, per layer and token.
+    """
+
+    every_expert = True
+
+    def __init__(self, dim: int, num_experts: int, *, k: Annotated[int, Field(ge=1)] = 1):
+        super().__init__(dim, num_experts, k=k)
+
+    def choose(self, rank_TE: Tensor, gates_TE: Tensor) -> Plan:
+        return Mixture(gates_TE, rank_TE.topk(self.k, -1).indices)
+
+
+@option("router", "gumbel_softmax")
+class GumbelSoftmax(Dense):
+    """A soft sample: softmax((logits + Gumbel noise) / temperature), every expert run (arXiv 1611.01144)."""
+
+    noise = "gumbel"

@@ -1,0 +1,317 @@
+"""The values that routing is made of: the context a router sees, its decision, and the plan that moves rows.
+
+Shapes: T tokens (batch-major), D width, E experts, K chosen per token, N rows handed to the experts.
+
+A router turns tokens into a `Routing`: its clean scores and a plan. The plan alone knows how rows move, the experts
+know nothing else, and losses and observers read the same value that trained the model. Three things are kept apart:
+*selected* (the router's choice), *kept* (after capacity) and *executed* (rows that were computed).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from moe_lab.seeding import parameter
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What schedules move, as 0-dim fp32 tensors (a Python float would recompile a compiled graph at each value)."""
+
+    temperature: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one layer's router is told beside its tokens.
+
+    noise_TE: standard draws of the router's own distribution, None in evaluation and for routers without noise.
+    bias_E:   the layer's selection bias, None where no balancer moves one.
+    hard:     evaluate with only the `hard` strongest experts of each token's choice, None for the choice as trained.
+    """
+
+    knobs: Knobs
+    noise_TE: Tensor | None = None
+    bias_E: Tensor | None = None
+    hard: int | None = None
+
+
+class _Permute(Function):
+    """x [T, D] -> rows [T*K, D] in expert order; backward gathers by the inverse and sums over K (no index_put)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, kept_N: Tensor | None, K: int) -> Tensor:
+        ctx.save_for_backward(inverse_N, kept_N)
+        ctx.K = K
+        return x_TD.index_select(0, order_N // K)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        inverse_N, kept_N = ctx.saved_tensors
+        grad = grad_ND.index_select(0, inverse_N)
+        if kept_N is not None:  # rows that no expert computed carry no defined gradient
+            grad = grad.masked_fill(~kept_N[:, None], 0)
+        return grad.view(-1, ctx.K, grad.shape[-1]).sum(1), None, None, None, None
+
+
+class _Combine(Function):
+    """rows [T*K, D] in expert order, weights [T, K] -> y [T, D]; backward hands the experts a contiguous gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_ND: Tensor,
+        weight_TK: Tensor,
+        order_N: Tensor,
+        inverse_N: Tensor,
+        kept_N: Tensor | None,
+    ) -> Tensor:
+        T, K = weight_TK.shape
+        rows = rows_ND.index_select(0, inverse_N)
+        if kept_N is not None:
+            rows = rows.masked_fill(~kept_N[:, None], 0)
+        rows_TKD = rows.view(T, K, -1)
+        ctx.save_for_backward(rows_TKD, weight_TK, order_N)
+        return torch.einsum("tkd,tk->td", rows_TKD, weight_TK.to(rows.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows_TKD, weight_TK, order_N = ctx.saved_tensors
+        K = weight_TK.shape[1]
+        grad_weight = torch.einsum("td,tkd->tk", grad_TD, rows_TKD).to(weight_TK.dtype)
+        weight_N = weight_TK.reshape(-1).index_select(0, order_N).to(grad_TD.dtype)
+        return grad_TD.index_select(0, order_N // K) * weight_N[:, None], grad_weight, None, None, None
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """Each token goes to K experts. Rows are sorted by expert once; dropped rows stand behind the last expert's.
+
+    expert_TK: chosen experts, int64, strongest first. weight_TK: combine weights, fp32, gradients intact.
+    kept_TK: False where capacity dropped the assignment (the token keeps its residual), None when nothing can drop.
+    """
+
+    expert_TK: Tensor
+    weight_TK: Tensor
+    num_experts: int
+    kept_TK: Tensor | None = None
+
+    @property
+    def selected_TK(self) -> Tensor:
+        return self.expert_TK
+
+    @cached_property
+    def _order(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows by expert, the inverse of that order, and rows per expert that are executed."""
+        key_N = self.expert_TK.reshape(-1)
+        if self.kept_TK is not None:
+            key_N = torch.where(self.kept_TK.reshape(-1), key_N, self.num_experts)
+        order_N = torch.argsort(key_N, stable=True)
+        inverse_N = torch.empty_like(order_N)
+        inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+        return order_N, inverse_N, count(key_N, self.num_experts + 1)[: self.num_experts]
+
+    @property
+    def counts_E(self) -> Tensor:
+        """Rows handed to each expert, int64 [E]."""
+        return self._order[2]
+
+    @cached_property
+    def selected_E(self) -> Tensor:
+        """Tokens that chose each expert, before capacity, int64 [E]."""
+        return self.counts_E if self.kept_TK is None else count(self.expert_TK.reshape(-1), self.num_experts)
+
+    @property
+    def kept_E(self) -> Tensor:
+        return self.counts_E
+
+    def gather(self, x_TD: Tensor) -> Tensor:
+        """x [T, D] -> rows [N, D] sorted by expert."""
+        order_N, inverse_N, _ = self._order
+        return _Permute.apply(x_TD, order_N, inverse_N, self._kept_N, self.expert_TK.shape[1])  # pyright: ignore
+
+    def combine(self, rows_ND: Tensor) -> Tensor:
+        """Expert outputs [N, D] -> their weighted sum per token [T, D]."""
+        order_N, inverse_N, _ = self._order
+        return _Combine.apply(rows_ND, self.weight_TK, order_N, inverse_N, self._kept_N)  # pyright: ignore
+
+    @property
+    def _kept_N(self) -> Tensor | None:
+        return None if self.kept_TK is None else self.kept_TK.reshape(-1)
+
+    def weight_by_expert_E(self) -> Tensor:
+        """Combine weight that each expert received and kept, summed over tokens, fp32 [E]."""
+        weight_TK = self.weight_TK if self.kept_TK is None else self.weight_TK * self.kept_TK
+        total_E = torch.zeros(self.num_experts, dtype=weight_TK.dtype, device=weight_TK.device)
+        return total_E.scatter_add_(0, self.expert_TK.reshape(-1), weight_TK.detach().reshape(-1))
+
+    def limit(self, capacity_factor: float) -> "Assignments":
+        """Keep at most ceil(capacity_factor * T * K / E) rows per expert, first come first served in token order."""
+        T, K = self.expert_TK.shape
+        capacity = math.ceil(capacity_factor * T * K / self.num_experts)
+        _, inverse_N, counts_E = self._order
+        first_E = counts_E.cumsum(0) - counts_E
+        rank_N = inverse_N - first_E[self.expert_TK.reshape(-1)]
+        return replace(self, kept_TK=(rank_N < capacity).view(T, K))
+
+    def harden(self, k: int) -> "Assignments":
+        """Only the k strongest choices of each token, which share the token's whole weight in proportion."""
+        return _hardened(self.expert_TK[:, :k], self.weight_TK[:, :k], self.weight_TK, self.num_experts)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Every expert runs on every token: E / K times the cost of a choice, and the gradient of the full relaxation.
+
+    weight_TE: combine weights, fp32. selected_TK: what counts as the router's choice, strongest first.
+    """
+
+    weight_TE: Tensor
+    selected_TK: Tensor
+    kept_TK: None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.weight_TE.shape[1]
+
+    @cached_property
+    def counts_E(self) -> Tensor:
+        T, E = self.weight_TE.shape
+        return torch.full((E,), T, dtype=torch.int64, device=self.weight_TE.device)
+
+    @cached_property
+    def selected_E(self) -> Tensor:
+        return count(self.selected_TK.reshape(-1), self.num_experts)
+
+    @property
+    def kept_E(self) -> Tensor:
+        return self.selected_E
+
+    def gather(self, x_TD: Tensor) -> Tensor:
+        return x_TD.repeat(self.num_experts, 1)
+
+    def combine(self, rows_ND: Tensor) -> Tensor:
+        T, E = self.weight_TE.shape
+        return torch.einsum("etd,te->td", rows_ND.view(E, T, -1), self.weight_TE.to(rows_ND.dtype))
+
+    def weight_by_expert_E(self) -> Tensor:
+        return self.weight_TE.detach().sum(0)
+
+    def harden(self, k: int) -> Assignments:
+        expert_TK = self.selected_TK[:, :k]
+        return _hardened(expert_TK, self.weight_TE.gather(1, expert_TK), self.weight_TE, self.num_experts)
+
+
+def _hardened(expert_TK: Tensor, weight_TK: Tensor, all_TX: Tensor, num_experts: int) -> Assignments:
+    share_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+    return Assignments(expert_TK, share_TK * all_TX.sum(-1, keepdim=True), num_experts)
+
+
+Plan = Assignments | Mixture
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One layer's decision on one batch; a field is None where the router has no such thing.
+
+    logits_TE: clean scores, fp32. probs_TE: the clean gate as a distribution over experts at the current temperature,
+    free of noise: what balance losses differentiate. noisy_TE, noise_std_TE: the scores that chose, and the standard
+    deviation of their noise (Shazeer's load needs both). extra: named tensors of one router's own.
+    """
+
+    plan: Plan
+    logits_TE: Tensor
+    probs_TE: Tensor
+    noisy_TE: Tensor | None = None
+    noise_std_TE: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def count(index_N: Tensor, size: int) -> Tensor:
+    """How often each of 0..size-1 occurs, int64 [size]; unlike bincount it never waits for the device."""
+    return torch.zeros(size, dtype=torch.int64, device=index_N.device).scatter_add_(
+        0, index_N, torch.ones_like(index_N)
+    )
+
+
+class Router(nn.Module):
+    """Base of all routers: score, noise, choice, gate, in fp32 whatever the model's dtype.
+
+    A subclass writes `choose` and sometimes `score` or `gate`. It draws no random numbers (the loop passes them in),
+    and holds no loss, no counter and no metric. Temperature shapes the gate and never the choice: argmax((z+g)/t)
+    samples softmax(z), argmax(z/t+g) would not.
+    """
+
+    noise: str = "none"  # the distribution that the loop draws for this router: none, gaussian, gumbel
+    every_expert: bool = False  # whether all experts run on all tokens
+
+    def __init__(self, dim: int, num_experts: int, *, k: int):
+        super().__init__()
+        self.dim, self.num_experts, self.k = dim, num_experts, k
+        self.weight_ED = parameter(num_experts, dim, std=0.02)
+
+    def score(self, x_TD: Tensor) -> Tensor:
+        """Clean logits [T, E] of fp32 tokens."""
+        return F.linear(x_TD, self.weight_ED)
+
+    def noise_std(self, x_TD: Tensor) -> Tensor:
+        """Standard deviation of the logit noise, broadcastable to [T, E], before the schedule scales it."""
+        return x_TD.new_ones(())
+
+    def gate(self, logits_TE: Tensor) -> Tensor:
+        """Gate values of logits that are already divided by the temperature."""
+        return logits_TE.softmax(-1)
+
+    def distribution(self, logits_TE: Tensor) -> Tensor:
+        """The gate normalised over experts."""
+        return self.gate(logits_TE)
+
+    def choose(self, rank_TE: Tensor, gates_TE: Tensor) -> Plan:
+        """From what ranks the experts (noisy logits, or gates plus selection bias) and the gate values, the plan."""
+        raise NotImplementedError
+
+    def top_k(self, rank_TE: Tensor, gates_TE: Tensor, renormalise: bool = False) -> Assignments:
+        """The k best-ranked experts of each token, weighted by their gate values (renormalised to sum to one)."""
+        expert_TK = rank_TE.topk(self.k, -1).indices
+        weight_TK = gates_TE.gather(1, expert_TK)
+        if renormalise:
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        return Assignments(expert_TK, weight_TK, self.num_experts)
+
+    def directions_ED(self) -> Tensor | None:
+        """One row per expert for geometry, or None."""
+        return self.weight_ED
+
+    def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD = x_TD.float() if x_TD.dtype != torch.float64 else x_TD
+            logits_TE = self.score(x_TD)
+            noisy_TE, std_TE = logits_TE, None
+            if ctx.noise_TE is not None:
+                std_TE = (self.noise_std(x_TD) * ctx.knobs.noise).expand_as(logits_TE)
+                noisy_TE = logits_TE + ctx.noise_TE * std_TE
+            gates_TE = self.gate(noisy_TE / ctx.knobs.temperature)
+            rank_TE = noisy_TE if ctx.bias_E is None else self.gate(noisy_TE) + ctx.bias_E
+            plan = self.choose(rank_TE.detach(), gates_TE)
+            probs_TE = self.distribution(logits_TE / ctx.knobs.temperature)
+        if ctx.hard is not None:
+            plan = plan.harden(ctx.hard)
+        return Routing(plan, logits_TE, probs_TE, noisy_TE, std_TE)
+
+    @classmethod
+    def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+        """Combinations that cannot work, one line each."""
+        E = cfg["experts"]["num"]
+        k = node.get("k", 1)
+        return [f"router.k={k}: at most experts.num={E} experts can be chosen"] if k > E else []

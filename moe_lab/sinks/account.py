@@ -1,0 +1,44 @@
+"""Is a W&B key configured here? Looked up the way wandb does, but without a prompt and without a network."""
+
+import configparser
+import netrc
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+OFFICIAL = {"api.wandb.ai", "api.forge.coreweave.com"}  # one service under its old and its new name
+
+
+def has_key() -> bool:
+    """True where the environment, the netrc file or wandb's settings file holds credentials for the host in use."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    saved = _saved_settings()
+    if saved.get("api_key"):
+        return True
+    url = os.environ.get("WANDB_BASE_URL") or saved.get("base_url")
+    host = urlsplit(url).netloc if url else "api.wandb.ai"
+    return bool(_netrc_hosts() & (OFFICIAL if host in OFFICIAL else {host}))
+
+
+def _saved_settings() -> dict[str, str]:
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read(folder / "settings")
+        return dict(parser["default"])
+    except (KeyError, OSError, configparser.Error):
+        return {}
+
+
+def _netrc_hosts() -> set[str]:
+    """Hosts with a password; a `default` entry does not count, it is for no host in particular."""
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]:
+        try:
+            return {host for host, (_, _, password) in netrc.netrc(path.expanduser()).hosts.items() if password}
+        except FileNotFoundError:
+            continue
+        except (OSError, netrc.NetrcParseError):
+            return set()
+    return set()

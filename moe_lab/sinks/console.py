@@ -1,0 +1,81 @@
+"""The run in the terminal: a live screen where there is one, else one plain line per log step."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import rich
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.text import Text
+
+from moe_lab.sinks.base import Sink, guarded
+from moe_lab.sinks.board import State, clean, dashboard, headline
+from moe_lab.sinks.lines import closing, evaluation, start_lines, step_line, verdict_line
+
+REFRESH = 0.1  # seconds between redraws at most; drawing costs the training process its time
+
+
+class Console(Sink):
+    """Draws on rich's one console, so that log messages appear above the live screen instead of tearing it."""
+
+    def __init__(self, console: RichConsole | None = None):
+        self.console = console or rich.get_console()
+        utf8 = self.console.encoding.lower().startswith("utf")
+        self.lively = self.console.is_terminal and not self.console.is_dumb_terminal and utf8
+        self.live: Live | None = None
+        self.state = State()
+        self.drawn = 0.0
+
+    @guarded
+    def open(self, run_dir: Path, cfg: dict[str, Any], facts: dict[str, Any]) -> None:
+        self.state = State(run_dir=short(run_dir), facts=facts)
+        if not self.lively:
+            self._say(Text(headline(facts)))
+        for line in start_lines(self.state.run_dir, facts):
+            self._say(Text(line))
+        if self.lively:
+            self.live = Live(self._screen(), console=self.console, auto_refresh=False)
+            self.live.start(refresh=True)
+
+    @guarded
+    def row(self, row: dict[str, Any], timing: dict[str, Any]) -> None:
+        self.state.take(row, timing)
+        if self.live is not None:
+            if time.monotonic() - self.drawn > REFRESH:
+                self.live.update(self._screen(), refresh=True)
+                self.drawn = time.monotonic()
+            return
+        self._say(Text(step_line(row, timing, self.state.facts.get("steps") or 0)))
+        if "eval/loss" in row:
+            self._say(evaluation(row))
+
+    @guarded
+    def verdict(self, step: int, layer: int, old: str | None, new: str, why: str, remedies: list[str]) -> None:
+        self.state.since[layer] = step
+        line = verdict_line(step, layer, old, new, why)
+        self.state.news.append(line)
+        if self.live is None:
+            self._say(Text(line))
+
+    @guarded
+    def close(self, status: str, summary: dict[str, Any]) -> None:
+        if self.live is not None:
+            self.live.update(self._screen(), refresh=True)
+            self.live.stop()
+            self.live = None
+        self._say(closing(status, summary, self.state.run_dir, self.state.facts.get("destinations", [])))
+
+    def _screen(self) -> Any:
+        return dashboard(self.state, self.console.height)
+
+    def _say(self, text: Text) -> None:
+        text.no_wrap, text.overflow = None, "fold"
+        self.console.print(text, soft_wrap=not self.lively, highlight=False)
+
+
+def short(path: Path) -> str:
+    """The path as one would type it here."""
+    relative = os.path.relpath(path)
+    return clean(str(path) if relative.startswith("..") else relative)

@@ -120,18 +120,17 @@ def _progress(state: State) -> Table:
 
 def evaluation(row: dict[str, Any]) -> Text:
     """The last evaluation beside the data's own lines, and the gap to hard top-1 inference."""
-    text = Text("eval", "dim", no_wrap=True, overflow="ellipsis")
-    text.append(f" at {row.get('step')}  ")
+    text = Text(no_wrap=True, overflow="ellipsis")
+    text.append("eval", "dim").append(f" at {row.get('step')}  ")
     text.append("loss ", "dim")
     text.append(number(row.get("eval/loss"), 3), "bold")
     text.append("  ppl ", "dim")
     text.append(number(row.get("eval/ppl"), 2))
     bigram, loss = row.get("eval/bigram"), row.get("eval/loss")
     if bigram is not None and loss is not None:
-        text.append(
-            "  below the bigram line" if loss < bigram else "  above the bigram line", verdict_of(loss < bigram)
-        )
-        text.append(f" {number(bigram, 3)}")
+        below = loss < bigram
+        text.append("  below" if below else "  above", "bold green" if below else "yellow")
+        text.append(f" the bigram line {number(bigram, 3)}")
     if row.get("eval/unigram") is not None:
         text.append(f", unigram {number(row['eval/unigram'], 3)}")
     if row.get("eval/loss_top1") is not None and loss is not None:

@@ -1,0 +1,233 @@
+"""Token cache: flat little-endian token and domain files, memory-mapped, checksummed, built once.
+
+An entry is a folder `<name>-<key>` with `train.bin`, `valid.bin` (tokens: uint8, uint16 or uint32, the smallest
+that holds the vocabulary), `train.domain`, `valid.domain` (uint8 or uint16 per token, only where there are several
+domains), and `meta.json`. It is written to a folder of its own, flushed to disk and then renamed, under a lock
+that the operating system drops with the process, so that of several processes one builds and the others wait.
+
+Every file's sha256 is recorded. On opening, files up to `HASHED_WHOLE` are hashed again in full. Of larger ones
+the size and a second recorded hash over 64 evenly spaced slices of 1 MiB are checked, which finds truncation,
+overwriting and lost pages in about a tenth of a second, though not a single flipped bit elsewhere.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # part of every key: raise it when the same input would give other files
+HASHED_WHOLE = 64 << 20
+SLICES, SLICE = 64, 1 << 20
+SPLITS = ("train", "valid")
+
+
+class Damaged(Exception):
+    """An entry that does not hold what its meta.json says."""
+
+
+class TokenCache:
+    """An open entry: `tokens[split]` and `domains[split]` (None where there is one domain) and `meta`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.meta = _verified(folder)
+        self.tokens = {split: self._map(f"{split}.bin", self.meta["dtype"]) for split in SPLITS}
+        several = len(self.meta["domains"]) > 1
+        kind = self.meta["domain_dtype"]
+        self.domains = {split: self._map(f"{split}.domain", kind) if several else None for split in SPLITS}
+
+    def derived(self, name: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """A small result kept in the entry as JSON; computed again where it is missing or unreadable."""
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            value = compute()
+        try:
+            _write_atomically(path, json.dumps(value).encode())
+        except OSError as error:  # a read-only cache still serves
+            log.warning("%s is not kept: %s", path, error)
+        return value
+
+    def _map(self, name: str, dtype: str) -> np.ndarray:
+        path = self.folder / name
+        if path.stat().st_size == 0:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
+        return np.memmap(path, dtype, mode="r")
+
+
+class Writer:
+    """Writes an entry's files into `folder`: `add` streams in order, then `finish`."""
+
+    def __init__(self, folder: Path, vocab_size: int, domains: list[str]):
+        self.folder = folder
+        self.dtype = _smallest(vocab_size)
+        self.domain_dtype = _smallest(len(domains))
+        self.meta: dict[str, Any] = {"format": FORMAT, "vocab_size": vocab_size, "domains": domains}
+        names = [f"{split}.bin" for split in SPLITS]
+        if len(domains) > 1:
+            names += [f"{split}.domain" for split in SPLITS]
+        self.files = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115 closed in finish
+        self.counts = {split: np.zeros(len(domains), np.int64) for split in SPLITS}
+
+    def add(self, split: str, tokens: np.ndarray, domain: int | np.ndarray) -> None:
+        """Append tokens [n] of one domain, or of a domain each."""
+        self.files[f"{split}.bin"].write(tokens.astype(self.dtype).tobytes())
+        each = np.broadcast_to(np.asarray(domain), tokens.shape)
+        self.counts[split] += np.bincount(each, minlength=len(self.counts[split]))
+        if f"{split}.domain" in self.files:
+            self.files[f"{split}.domain"].write(each.astype(self.domain_dtype).tobytes())
+
+    def finish(self, tokenizer: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Flush everything and write meta.json, last."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        per_domain = {
+            f"{split}_tokens_per_domain": dict(zip(self.meta["domains"], counts.tolist(), strict=True))
+            for split, counts in self.counts.items()
+        }
+        paths = sorted(self.folder.iterdir())  # a tokenizer may have put its file there too
+        self.meta |= {
+            "dtype": self.dtype,
+            "domain_dtype": self.domain_dtype,
+            "tokenizer": dict(tokenizer),
+            "about": {**about, **per_domain, "tokenizer": tokenizer["name"]},
+            "files": {path.name: sha256(path) for path in paths},
+            "checks": {path.name: {"bytes": path.stat().st_size, "sample": _quick(path)} for path in paths},
+        }
+        sealed = {"sha256": _seal(self.meta), "meta": self.meta}
+        _write_atomically(self.folder / "meta.json", json.dumps(sealed, indent=1).encode())
+
+
+def open_or_build(cache_dir: Path, name: str, identity: Any, build: Callable[[Path], None]) -> TokenCache:
+    """The entry for `identity` (plain JSON: everything that its tokens depend on), built by `build(folder)`.
+
+    A damaged entry is built anew, with one line of log. OSError where the cache cannot be written.
+    """
+    key = hashlib.sha256(json.dumps([FORMAT, name, identity], sort_keys=True).encode()).hexdigest()
+    folder = cache_dir / f"{name}-{key[:16]}"
+    try:
+        return TokenCache(folder)
+    except (FileNotFoundError, Damaged):
+        pass
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(cache_dir / f"{folder.name}.lock"):
+        try:
+            return TokenCache(folder)  # another process was first
+        except FileNotFoundError:
+            log.info("building the token cache %s", folder)
+        except Damaged as error:
+            log.warning("the token cache %s is damaged (%s): building it anew", folder, error)
+        fresh = Path(tempfile.mkdtemp(prefix=f"{folder.name}.new-", dir=cache_dir))
+        try:
+            build(fresh)
+            fresh.chmod(0o755)
+            _replace(fresh, folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        return TokenCache(folder)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(fresh: Path, folder: Path) -> None:
+    """Put `fresh` in the place of `folder`; whoever has the old files open keeps them."""
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f"{folder.name}.old-", dir=folder.parent))
+        folder.rename(old / folder.name)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        fresh.rename(folder)
+    _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    # The file stays: deleting a lock file lets two processes hold "the" lock.
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process is building %s: waiting for it", path.with_suffix(""))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """meta.json, once the files match it. FileNotFoundError: no entry; Damaged: says which file and how."""
+    if not folder.is_dir():
+        raise FileNotFoundError(folder)
+    try:
+        sealed = json.loads((folder / "meta.json").read_text())
+        meta = sealed["meta"]
+        if _seal(meta) != sealed["sha256"]:
+            raise Damaged("meta.json: checksum")
+        for name, check in meta["checks"].items():
+            path = folder / name
+            if path.stat().st_size != check["bytes"]:
+                raise Damaged(f"{name}: {path.stat().st_size} bytes instead of {check['bytes']}")
+            small = check["bytes"] <= HASHED_WHOLE
+            if (sha256(path) != meta["files"][name]) if small else (_quick(path) != check["sample"]):
+                raise Damaged(f"{name}: checksum")
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename).name}: missing") from None
+    except (ValueError, KeyError, TypeError):
+        raise Damaged("meta.json: unreadable") from None
+    return meta
+
+
+def _quick(path: Path) -> str:
+    """sha256 over evenly spaced slices, the first and the last among them."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(SLICES):
+            file.seek(max(0, size - SLICE) * i // (SLICES - 1))
+            digest.update(file.read(SLICE))
+    return digest.hexdigest()
+
+
+def _seal(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _smallest(values: int) -> str:
+    """The little-endian unsigned dtype that holds 0 .. values-1."""
+    return next(f"<u{size}" for size in (1, 2, 4) if values <= 256**size)

@@ -1,5 +1,6 @@
 """The live screen of a run as a pure function of what is known: dashboard(State) -> renderable. L layers, E experts."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ class State:
     evaluation: dict[str, Any] = field(default_factory=dict)  # the last row that had one
     losses: list[float] = field(default_factory=list)
     since: dict[int, int] = field(default_factory=dict)  # layer -> step at which its verdict last changed
-    news: list[str] = field(default_factory=list)
+    news: list[tuple[str, str]] = field(default_factory=list)  # (new verdict, line)
 
     def take(self, row: dict[str, Any], timing: dict[str, Any]) -> None:
         """Bring the state up to date with a row."""
@@ -54,10 +55,10 @@ class Loads:
         self.loads_E = loads_E
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(min(8, len(self.loads_E)), len(self.loads_E))
+        return Measurement(min(8, len(self.loads_E)), min(64, len(self.loads_E)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield bars(self.loads_E, min(options.max_width, 64))
+        yield bars(self.loads_E, options.max_width)
 
 
 def bars(loads_E: list[float], width: int) -> Text:
@@ -76,14 +77,15 @@ def bars(loads_E: list[float], width: int) -> Text:
     return text
 
 
-def dashboard(state: State, height: int | None = None) -> Group:
-    """The whole screen; with `height` (lines of the terminal) the layers that do not fit are left out, worst kept."""
-    parts: list[Any] = [_header(state), _progress(state)]
+def dashboard(state: State, width: int = 110, height: int | None = None) -> Group:
+    """The whole screen for a terminal of `width` columns; of the layers that do not fit into `height` lines
+    the healthy and balanced ones are left out."""
+    parts: list[Any] = [_header(state), _progress(state, roomy=width >= 80)]
     if state.evaluation:
         parts.append(evaluation(state.evaluation))
     if state.row.get("moe/selected"):
-        parts.append(_layers(state, max(3, height - 10) if height else None))
-    parts += [Text(line, "yellow", no_wrap=True, overflow="ellipsis") for line in state.news[-3:]]
+        parts.append(_layers(state, max(3, height - 10) if height else None, roomy=width >= 80))
+    parts += [Text(line, STYLES.get(name, ""), no_wrap=True, overflow="ellipsis") for name, line in state.news[-3:]]
     return Group(*parts)
 
 
@@ -103,19 +105,28 @@ def headline(facts: dict[str, Any]) -> str:
     return f"{router} on {dataset}, {size}{chosen}"
 
 
-def _progress(state: State) -> Table:
+def _progress(state: State, roomy: bool) -> Table:
     step, steps = state.row.get("step", 0), state.facts.get("steps") or 1
     grid = Table.grid(padding=(0, 2), expand=True)
-    for _ in range(2):
-        grid.add_column(no_wrap=True)
-    grid.add_column(ratio=1, min_width=8)
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
+    if roomy:
+        grid.add_column(ratio=1, min_width=8)
     grid.add_column(no_wrap=True, justify="right")
-    values = Text.assemble(
-        ("loss ", "dim"), (number(state.row.get("loss"), 3), "bold"), ("  ppl ", "dim"), number(state.row.get("ppl"), 2)
-    )
+    values = Text.assemble(("loss ", "dim"), (number(state.row.get("loss"), 3), "bold"), " ")
+    values.append(trend(state.losses[-16:]) + "  " if roomy else " ", "cyan")
+    values.append("ppl ", "dim").append(number(state.row.get("ppl"), 2))
     speed = Text(f"{count(state.timing.get('tokens_per_s'))} tok/s  ETA {clock(state.timing.get('eta'))}")
-    grid.add_row(Text(f"step {step}/{steps}"), values, ProgressBar(total=steps, completed=step), speed)
+    bar = [ProgressBar(total=steps, completed=step)] if roomy else []
+    grid.add_row(Text(f"step {step}/{steps}"), values, *bar, speed)
     return grid
+
+
+def trend(values: list[float]) -> str:
+    """The last values as bars between their own extremes."""
+    values = [v for v in values if math.isfinite(v)]
+    low, span = min(values, default=0.0), max(values, default=0.0) - min(values, default=0.0)
+    return "".join(BARS[round(7 * (v - low) / span) if span else 0] for v in values)
 
 
 def evaluation(row: dict[str, Any]) -> Text:
@@ -138,50 +149,55 @@ def evaluation(row: dict[str, Any]) -> Text:
     return text
 
 
-def _layers(state: State, room: int | None) -> Table:
+def _layers(state: State, room: int | None, roomy: bool) -> Table:
     row = state.row
     layers = len(row["moe/selected"])
     shown = list(range(layers))
     if room and layers > room:
-        cv = row.get("moe/load_cv") or [0.0] * layers
-        shown = sorted(sorted(shown, key=lambda layer: -(cv[layer] or 0.0))[:room])
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False, header_style="dim")
+        shown = sorted(sorted(shown, key=lambda layer: _interest(row, layer))[:room])
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    table.header_style, table.border_style, table.caption_style = "dim", "dim", "dim"
+    # Only the columns that may wrap are squeezed on a narrow terminal, and these two know how to be short.
     table.add_column("layer", justify="right", no_wrap=True)
-    table.add_column("load of each expert", no_wrap=True)
-    table.add_column("load CV", justify="right", no_wrap=True)
+    table.add_column("load of each expert" if roomy else "load")
+    table.add_column("load CV" if roomy else "CV", justify="right", no_wrap=True)
     table.add_column("entropy", justify="right", no_wrap=True)
     table.add_column("dead", justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True, overflow="ellipsis", ratio=None)
+    table.add_column("verdict")
     for layer in shown:
         dead = at(row, "dead_experts", layer)
         table.add_row(
             str(layer),
             Loads(row["moe/selected"][layer]),
-            cv_text(row, layer),
+            cv_text(row, layer, share=roomy),
             number(at(row, "token_entropy", layer), 2),
             Text(number(dead, 0), "red" if dead else ""),
-            _verdict(state, layer),
+            _verdict(state, layer, roomy),
         )
     if len(shown) < layers:
-        table.caption = f"{layers - len(shown)} layers with a lower load CV are not shown"
+        table.caption = f"{layers - len(shown)} layers in better shape are not shown"
     return table
 
 
-def _verdict(state: State, layer: int) -> Text:
+def _interest(row: dict[str, Any], layer: int) -> tuple[bool, float]:
+    """Sorts unhealthy layers and high load CV first."""
+    return at(row, "verdict", layer) in (None, "healthy"), -(at(row, "load_cv", layer) or 0.0)
+
+
+def _verdict(state: State, layer: int, roomy: bool) -> Text:
     name = at(state.row, "verdict", layer)
-    if name is None:
-        return Text("too early", "dim")
-    text = Text(clean(name), STYLES.get(name, ""))
-    if layer in state.since:
+    text = Text(no_wrap=True, overflow="ellipsis")
+    text.append(clean(name) if name else "too early", STYLES.get(name, "") if name else "dim")
+    if roomy and name and layer in state.since:
         text.append(f" since {state.since[layer]}", "dim")
     return text
 
 
-def cv_text(row: dict[str, Any], layer: int) -> Text:
+def cv_text(row: dict[str, Any], layer: int, share: bool) -> Text:
     """Load CV and how much of the possible imbalance that is."""
     of_ceiling = at(row, "load_cv_of_ceiling", layer)
-    share = "" if of_ceiling is None else f" {100 * of_ceiling:3.0f}%"
-    return Text.assemble(number(at(row, "load_cv", layer), 2), (share, "dim"))
+    text = Text(number(at(row, "load_cv", layer), 2))
+    return text.append(f" {100 * of_ceiling:3.0f}%", "dim") if share and of_ceiling is not None else text
 
 
 def at(row: dict[str, Any], metric: str, layer: int) -> Any:

@@ -55,7 +55,8 @@ class Console(Sink):
     def verdict(self, step: int, layer: int, old: str | None, new: str, why: str, remedies: list[str]) -> None:
         self.state.since[layer] = step
         line = verdict_line(step, layer, old, new, why)
-        self.state.news.append(line)
+        if old or new != "healthy":
+            self.state.news.append((new, line))
         if self.live is None:
             self._say(Text(line))
 
@@ -65,14 +66,13 @@ class Console(Sink):
             self.live.update(self._screen(), refresh=True)
             self.live.stop()
             self.live = None
-        self._say(closing(status, summary, self.state.run_dir, self.state.facts.get("destinations", [])))
+        self._say(closing(status, summary, self.state))
 
     def _screen(self) -> Any:
-        return dashboard(self.state, self.console.height)
+        return dashboard(self.state, self.console.width, self.console.height)
 
     def _say(self, text: Text) -> None:
-        text.no_wrap, text.overflow = None, "fold"
-        self.console.print(text, soft_wrap=not self.lively, highlight=False)
+        self.console.print(text, soft_wrap=True, highlight=False)  # long paths stay whole when copied
 
 
 def short(path: Path) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from moe_lab.sinks.board import STYLES, clean, clock, count, evaluation, number
+from moe_lab.sinks.board import STYLES, State, clean, clock, count, evaluation, number
 
 
 def step_line(row: dict[str, Any], timing: dict[str, Any], steps: int) -> str:
@@ -41,7 +41,7 @@ def start_lines(run_dir: str, facts: dict[str, Any]) -> list[str]:
     return [clean(line) for line in lines if line]
 
 
-def closing(status: str, summary: dict[str, Any], run_dir: str, destinations: list[str]) -> Text:
+def closing(status: str, summary: dict[str, Any], state: State) -> Text:
     """The answer: how it ended, whether it learned, the verdict on each layer, and where everything is."""
     good = status == "completed"
     text = Text("\n")
@@ -53,30 +53,42 @@ def closing(status: str, summary: dict[str, Any], run_dir: str, destinations: li
     if summary.get("loss") is not None:
         text.append(f"train at {summary.get('steps')}  loss ")
         text.append(f"{number(summary['loss'], 3)}  ppl {number(summary.get('ppl'), 2)}\n")
-    if summary.get("eval"):
-        text.append_text(evaluation({"step": summary.get("steps"), **summary["eval"]})).append("\n")
+    if state.evaluation:
+        text.append_text(evaluation(state.evaluation)).append("\n")
     text.append_text(verdicts(summary.get("verdicts") or []))
-    text.append_text(places(status, run_dir, destinations))
-    text.no_wrap, text.overflow = False, "fold"
-    return text
+    return text.append_text(places(status, state.run_dir, state.facts.get("destinations", [])))
 
 
 def verdicts(found: list[dict[str, Any]]) -> Text:
-    """Layers with the same verdict and nothing to add share a line; the others say why and what to try."""
+    """Healthy layers share a line; the others say since when and why, and what to try."""
     text = Text()
-    for verdict in dict.fromkeys(v["verdict"] for v in found):
-        layers = [v for v in found if v["verdict"] == verdict]
-        ids = ", ".join(str(v["layer"]) for v in layers)
-        text.append(f"layer{'s' if len(layers) > 1 else ''} {ids}: ")
-        text.append(clean(str(verdict or "too early to say")), STYLES.get(verdict, ""))
-        text.append("\n")
-        for v in layers if verdict != "healthy" else []:
-            since = f" since step {v['since']}" if v.get("since") is not None else ""
-            if v.get("why") or since:
-                text.append(clean(f"  layer {v['layer']}{since}: {v.get('why', '')}") + "\n")
+    for name in dict.fromkeys(v["verdict"] for v in found):
+        layers = [v for v in found if v["verdict"] == name]
+        style = STYLES.get(name, "")
+        if name is None or name == "healthy":
+            text.append(f"layer{'s' if len(layers) > 1 else ''} {ranges([v['layer'] for v in layers])}: ").append(
+                name or "too early to say", style
+            )
+            text.append("\n")
+            continue
+        for v in layers:
+            text.append(f"layer {v['layer']}: ").append(clean(name), style)
+            text.append(f" since step {v['since']}" if v.get("since") is not None else "")
+            text.append((f": {clean(v['why'])}" if v.get("why") else "") + "\n")
         for remedy in dict.fromkeys(r for v in layers for r in v.get("remedies") or []):
-            text.append("  try: ", "bold").append(clean(remedy) + "\n")
+            text.append("   try ", "bold").append(clean(remedy) + "\n")
     return text
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 4, 5, 6] -> "0, 4-6"."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and parts[-1][1] == n - 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def places(status: str, run_dir: str, destinations: list[str]) -> Text:

@@ -150,11 +150,10 @@ class Assignments:
     def _kept_N(self) -> Tensor | None:
         return None if self.kept_TK is None else self.kept_TK.reshape(-1)
 
-    def weight_by_expert_E(self) -> Tensor:
-        """Combine weight that each expert received and kept, summed over tokens, fp32 [E]."""
-        weight_TK = self.weight_TK if self.kept_TK is None else self.weight_TK * self.kept_TK
-        total_E = torch.zeros(self.num_experts, dtype=weight_TK.dtype, device=weight_TK.device)
-        return total_E.scatter_add_(0, self.expert_TK.reshape(-1), weight_TK.detach().reshape(-1))
+    def importance_E(self) -> Tensor:
+        """Combine weight given to each expert, summed over tokens, before capacity, fp32 [E], gradients intact."""
+        total_E = torch.zeros(self.num_experts, dtype=self.weight_TK.dtype, device=self.weight_TK.device)
+        return total_E.scatter_add(0, self.expert_TK.reshape(-1), self.weight_TK.reshape(-1))
 
     def limit(self, capacity_factor: float) -> "Assignments":
         """Keep at most ceil(capacity_factor * T * K / E) rows per expert, first come first served in token order."""
@@ -205,8 +204,8 @@ class Mixture:
         T, E = self.weight_TE.shape
         return torch.einsum("etd,te->td", rows_ND.view(E, T, -1), self.weight_TE.to(rows_ND.dtype))
 
-    def weight_by_expert_E(self) -> Tensor:
-        return self.weight_TE.detach().sum(0)
+    def importance_E(self) -> Tensor:
+        return self.weight_TE.sum(0)
 
     def harden(self, k: int) -> Assignments:
         expert_TK = self.selected_TK[:, :k]
@@ -312,6 +311,13 @@ class Router(nn.Module):
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         """Combinations that cannot work, one line each."""
-        E = cfg["experts"]["num"]
-        k = node.get("k", 1)
-        return [f"router.k={k}: at most experts.num={E} experts can be chosen"] if k > E else []
+        E, k = cfg["experts"]["num"], node["k"]
+        if k > E:
+            return [f"router.k={k}: at most experts.num={E} experts can be chosen"]
+        capacity = cfg["experts"]["capacity_factor"]
+        if capacity is not None and (cls.every_expert or node.get("backward") == "dense"):
+            return [
+                f"experts.capacity_factor={capacity}: router={node['name']} runs every expert on every token; "
+                "capacity limits a choice (router.backward=selected where the router has it)"
+            ]
+        return []

@@ -1,0 +1,52 @@
+"""Shazeer's load loss: the expected number of tokens per expert, smooth through the router's noise."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from moe_lab.balance.base import Balancer, cv_squared
+from moe_lab.config import option, registered
+from moe_lab.routing import Routing
+
+
+@option("balance", "load")
+class Load(Balancer):
+    """CV(load)^2 with load_i = sum_x P(x, i), the probability that fresh noise on expert i would still have it
+    chosen (arXiv 1701.06538, appendix A). 0 at balance, E/k - 1 at collapse onto k experts.
+    """
+
+    def __init__(self, *, weight: Annotated[float, Field(ge=0)] = 0.1):
+        self.weight = weight
+
+    def loss(self, routing: Routing) -> Tensor:
+        return cv_squared(smooth_load(routing))
+
+    @classmethod
+    def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+        router = cfg["router"]
+        noise = router.get("noise", registered("router")[router["name"]].noise)
+        if noise != "gaussian":
+            return [
+                f"balance.load: needs Gaussian noise on the logits, router={router['name']} has {noise}; "
+                "try router=noisy_topk or router.noise=gaussian"
+            ]
+        if router["k"] >= cfg["experts"]["num"]:
+            return [
+                f"balance.load: nothing to choose with router.k={router['k']} of experts.num={cfg['experts']['num']}"
+            ]
+        return []
+
+
+def smooth_load(routing: Routing) -> Tensor:
+    """sum_x Phi((clean_i - k-th largest noisy logit among the others) / std_i), fp32 [E]; sums to about k * T."""
+    assert routing.noisy_TE is not None and routing.noise_std_TE is not None
+    k = routing.plan.selected_TK.shape[1]
+    top = routing.noisy_TE.topk(k + 1, -1).values
+    inside_TE = routing.noisy_TE >= top[:, k - 1 : k]
+    threshold_TE = torch.where(inside_TE, top[:, k : k + 1], top[:, k - 1 : k])
+    # Where a schedule has silenced the noise the load is a step function; the floor keeps its value and no gradient.
+    z_TE = (routing.logits_TE - threshold_TE) / routing.noise_std_TE.clamp_min(1e-6)
+    return torch.special.ndtr(z_TE).sum(0)

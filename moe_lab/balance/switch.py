@@ -1,0 +1,25 @@
+"""Switch Transformer's load-balancing loss."""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from moe_lab.balance.base import Balancer
+from moe_lab.config import option
+from moe_lab.routing import Routing
+
+
+@option("balance", "switch")
+class Switch(Balancer):
+    """E * sum_i f_i P_i per layer (arXiv 2101.03961): f the share of assignments (no gradient), P the mean clean
+    probability. 1 at balance, E at collapse, for any k.
+    """
+
+    def __init__(self, *, weight: Annotated[float, Field(ge=0)] = 0.01):
+        self.weight = weight
+
+    def loss(self, routing: Routing) -> Tensor:
+        selected_E = routing.plan.selected_E
+        f_E = selected_E / selected_E.sum()
+        return selected_E.shape[0] * (f_E * routing.probs_TE.mean(0)).sum()

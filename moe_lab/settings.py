@@ -1,0 +1,62 @@
+"""The root keys of a run: what belongs to no group."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from moe_lab.config import option
+
+PosInt = Annotated[int, Field(ge=1)]
+
+
+class Checkpointing(BaseModel, extra="forbid"):
+    every: PosInt  # steps between checkpoints
+    keep: PosInt  # newest checkpoints kept
+
+
+@option("root", "train")
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Root keys; conf/train.yaml holds their defaults and says what each is."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    steps: PosInt
+    batch_size: PosInt
+    seq_len: PosInt
+    log_every: PosInt
+    eval_every: PosInt
+    eval_tokens: PosInt
+    checkpoint: Checkpointing
+    device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["auto", "float32", "bfloat16"]
+    compile: bool
+    resume: str | None
+    output_dir: str
+    study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,39}$")]
+    fast: bool
+
+    @classmethod
+    def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+        accumulate = cfg["optim"]["accumulate"]
+        if node["batch_size"] % accumulate:
+            return [f"optim.accumulate={accumulate}: must divide batch_size={node['batch_size']}"]
+        return []
+
+    def logs_at(self, step: int) -> bool:
+        """Whether `step` updates end a row: densely in the first 100, where collapse happens, then every log_every."""
+        dense = step <= 10 or (step <= 100 and step % 5 == 0)
+        return dense or step % self.log_every == 0 or self.evaluates_at(step)
+
+    def evaluates_at(self, step: int) -> bool:
+        return step % self.eval_every == 0 or step == self.steps
+
+
+def quick(cfg: dict[str, Any]) -> dict[str, Any]:
+    """fast=true: the same config cut down to a few steps that still log, evaluate and write a checkpoint."""
+    steps = min(6, cfg["steps"])
+    small = {"steps": steps, "batch_size": 2 * cfg["optim"]["accumulate"], "seq_len": min(32, cfg["seq_len"])}
+    every = {"log_every": 2, "eval_every": math.ceil(steps / 2), "eval_tokens": 256}
+    return cfg | small | every | {"checkpoint": cfg["checkpoint"] | {"every": math.ceil(steps / 2)}}

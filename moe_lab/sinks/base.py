@@ -52,7 +52,11 @@ def guarded(method: Callable[P, None]) -> Callable[P, None]:
         except Exception as error:
             first, sink.failed = not sink.failed, True
             if first:
-                text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                log.warning("%s is switched off, the run goes on: %s", type(sink).__name__, text)
+                log.warning("%s is switched off, the run goes on: %s", type(sink).__name__, one_line(error))
 
     return call
+
+
+def one_line(error: Exception) -> str:
+    """An exception as one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

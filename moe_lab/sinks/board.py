@@ -80,7 +80,7 @@ def bars(loads_E: list[float], width: int) -> Text:
 def dashboard(state: State, width: int = 110, height: int | None = None) -> Group:
     """The whole screen for a terminal of `width` columns; of the layers that do not fit into `height` lines
     the healthy and balanced ones are left out."""
-    parts: list[Any] = [_header(state), _progress(state, roomy=width >= 80)]
+    parts: list[Any] = [_header(state, width), _progress(state, roomy=width >= 80)]
     if state.evaluation:
         parts.append(evaluation(state.evaluation))
     if state.row.get("moe/selected"):
@@ -89,11 +89,10 @@ def dashboard(state: State, width: int = 110, height: int | None = None) -> Grou
     return Group(*parts)
 
 
-def _header(state: State) -> Text:
-    text = Text(no_wrap=True, overflow="ellipsis")
-    text.append("moe-lab ", "bold")
-    text.append(headline(state.facts), "cyan")
-    text.append(f"  {clean(state.run_dir)}", "dim")
+def _header(state: State, width: int) -> Text:
+    text = Text.assemble(("moe-lab ", "bold"), (headline(state.facts), "cyan"), no_wrap=True, overflow="ellipsis")
+    if len(text) + len(state.run_dir) + 2 <= width:
+        text.append(f"  {clean(state.run_dir)}", "dim")
     return text
 
 

@@ -1,16 +1,18 @@
 """The mirror on Weights & Biases: main curves at each row; a heatmap and histograms of the load at evaluations."""
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from moe_lab.config import option
 from moe_lab.sinks.account import has_key
-from moe_lab.sinks.base import Sink, guarded
+from moe_lab.sinks.base import Sink, guarded, one_line
 
 log = logging.getLogger(__name__)
 
@@ -69,26 +71,33 @@ class Wandb(Sink):
         if mode == "online" and not has_key():
             self.note = "offline, since no key is configured (`wandb login`)"
             mode = "offline"
-        try:
-            self.run = self._init(mode, run_dir, cfg, facts)
-        except Exception as error:
-            if mode == "offline":
-                self.note = "off, it could not start; the metrics are in the run directory"
-                raise
-            cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            log.warning("W&B cannot be reached, recording offline: %s", cause)
-            self.note, mode = "offline, since it could not be reached", "offline"
-            self.run = self._init(mode, run_dir, cfg, facts)
+        start = functools.partial(self._init, run_dir, cfg, facts)
+        run_id, sync = _run_id(run_dir), "wandb sync"
         if mode == "online":
-            self.note = f"online at {self.run.url}"
-        else:
-            self.note = f"{self.note or 'offline'}; to upload later: wandb sync {Path(self.run.dir).parent}"
+            try:
+                self.run = start(mode, run_id)
+                self.note = f"online at {self.run.url}"
+                return
+            except Exception as error:
+                log.warning("W&B did not answer as it should, recording offline: %s", one_line(error))
+                self.note, sync = "offline, since going online failed", f"wandb sync --id {run_id}"
+                run_id = _new_id()  # wandb holds on to the id of a failed attempt as long as the process lives
+        self.note = self.note or "offline"
+        try:
+            self.run = start("offline", run_id)
+        except Exception:
+            self.note = "off, it could not start; the metrics are in the run directory"
+            raise
+        self.note += f"; to upload later: {sync} {shlex.quote(str(Path(self.run.dir).parent))}"
 
-    def _init(self, mode: Literal["online", "offline"], run_dir: Path, cfg: dict, facts: dict) -> Any:
+    def _init(
+        self, run_dir: Path, cfg: dict[str, Any], facts: dict[str, Any], mode: Literal["online", "offline"], run_id: str
+    ) -> Any:
         import wandb
 
         # wandb's own telemetry connects to the server even when offline; the service process reads this as it starts.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        wandb.setup(wandb.Settings(silent=True))  # it would tear the live screen; `describe` says what there is to say
         run = wandb.init(
             mode=mode,
             project=self.project,
@@ -98,7 +107,7 @@ class Wandb(Sink):
             job_type="train",
             tags=run_tags(facts, cfg, self.tags),
             config={**cfg, "facts": {key: facts.get(key) for key in ("git", "params", "layers", "resumed_from")}},
-            id=_run_id(run_dir),
+            id=run_id,
             resume="allow",
             reinit="create_new",  # several runs in one process stay apart
             dir=str(run_dir),
@@ -185,7 +194,6 @@ def pictures(row: dict[str, Any]) -> dict[str, Any]:
 def _settings(wandb: Any, mode: str) -> dict[str, Any]:
     """Nothing about the machine, the code or the command line leaves by way of W&B, and it prints nothing."""
     wanted = {
-        "silent": True,  # it would tear the live screen; `describe` says what there is to say
         "console": "off",  # else it wraps stdout and stores each redraw
         "disable_git": True,
         "save_code": False,
@@ -199,9 +207,13 @@ def _settings(wandb: Any, mode: str) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if key in wandb.Settings.model_fields}  # differ by version
 
 
+def _new_id() -> str:
+    return secrets.token_hex(6)
+
+
 def _run_id(run_dir: Path) -> str:
     """The id of this run directory on W&B, the same after a resume."""
     path = run_dir / "wandb_run_id.txt"
     with contextlib.suppress(FileExistsError), path.open("x") as file:
-        file.write(secrets.token_hex(6))
+        file.write(_new_id())
     return path.read_text().strip()

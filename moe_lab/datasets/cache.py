@@ -131,6 +131,8 @@ def open_or_build(cache_dir: Path, name: str, identity: Any, build: Callable[[Pa
             log.info("building the token cache %s", folder)
         except Damaged as error:
             log.warning("the token cache %s is damaged (%s): building it anew", folder, error)
+        for remains in cache_dir.glob(f"{folder.name}.*-*"):  # of a process that was killed while building
+            shutil.rmtree(remains, ignore_errors=True)
         fresh = Path(tempfile.mkdtemp(prefix=f"{folder.name}.new-", dir=cache_dir))
         try:
             build(fresh)

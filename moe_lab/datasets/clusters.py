@@ -36,8 +36,8 @@ class Clusters(Dataset):
     def __init__(
         self,
         *,
-        domains: Annotated[int, Field(ge=1, le=256)] = 4,
-        vocab_size: Annotated[int, Field(ge=2, le=65536)] = 32,
+        domains: Annotated[int, Field(ge=1, le=256)] = 8,
+        vocab_size: Annotated[int, Field(ge=2, le=65536)] = 64,
         branching: Annotated[int, Field(ge=1)] = 2,
         segment: Annotated[int, Field(ge=2)] = 64,
         tokens: Annotated[int, Field(ge=2)] = 1_000_000,

@@ -83,7 +83,7 @@ class Corpus(Dataset):
         with tempfile.TemporaryFile(dir=folder) as spool:
             spans, copies = _spool(self.documents(), spool, fraction > 0)
             if not spans:
-                raise ValueError(f"dataset {self.name}: there is no text in it")
+                raise ValueError(f"dataset {self.name}: there is no text in it: every file or row is empty or left out")
             spool.flush()
             with mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as text:
                 if fraction and all(span.cut == span.end for span in spans):

@@ -52,7 +52,11 @@ class Text(Corpus):
         problems = _problems(self.paths)
         if problems:
             raise ValueError("; ".join(problems))
-        return files.content_hash(self._sources())
+        sources = self._sources()
+        if not sources:
+            ending = f" that ends in {' or '.join(self.extensions)}" if self.extensions else ""
+            raise ValueError(f"dataset.paths: no file{ending} in {', '.join(self.paths)}")
+        return files.content_hash(sources)
 
     def documents(self) -> Iterator[Document]:
         self._skipped = 0

@@ -174,5 +174,5 @@ def perplexity(nats: float) -> float:
 
 def view(out: Output, batch: Examples, loss_T: Tensor) -> View:
     """What observers see of a forward pass."""
-    B, S = batch.inputs.shape
+    S = batch.inputs.shape[1]
     return View(out.routings, out.inputs, batch.inputs.reshape(-1), batch.domain.reshape(-1), S, loss_T)

@@ -1,0 +1,87 @@
+"""Checkpoints: safetensors and JSON in one folder per step, checksummed by a manifest and renamed into place.
+
+checkpoints/step-00000500/{model,optimizer,state}.safetensors, state.json, manifest.json. Nothing in them is code.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from moe_lab import durable
+
+log = logging.getLogger(__name__)
+TENSORS = ("model", "optimizer", "state")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Named tensors of the model, the optimiser and everything else that has state, and plain values."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint under `folder` and delete the oldest beyond `keep`."""
+    files = {f"{name}.safetensors": save(getattr(checkpoint, name)) for name in TENSORS}
+    files["state.json"] = json.dumps(checkpoint.values, indent=1).encode()
+    sums = {name: {"sha256": hashlib.sha256(b).hexdigest(), "bytes": len(b)} for name, b in files.items()}
+    final = folder / f"step-{checkpoint.step:08d}"
+    temporary = folder / f".{final.name}.tmp.{os.getpid()}"
+    temporary.mkdir(parents=True)
+    for name, content in files.items():
+        durable.write(temporary / name, content)
+    durable.write_json(temporary / "manifest.json", {"step": checkpoint.step, "files": sums})
+    if final.exists():  # a resumed run reaches the same step again and would write the same bytes
+        shutil.rmtree(final)
+    temporary.rename(final)
+    durable.sync_folder(folder)
+    for old in _steps(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose checksums hold; damaged ones are skipped with a line. None where there is none."""
+    for left in folder.glob(".step-*.tmp.*"):
+        shutil.rmtree(left)
+    for path in reversed(_steps(folder)):
+        problem = damage(path)
+        if problem is None:
+            return load_checkpoint(path)
+        log.warning("checkpoint %s is damaged (%s); trying the one before", path.name, problem)
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSORS}
+    manifest = json.loads((path / "manifest.json").read_text())
+    return Checkpoint(manifest["step"], **tensors, values=json.loads((path / "state.json").read_text()))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, expected in manifest["files"].items():
+            content = (path / name).read_bytes()
+            if hashlib.sha256(content).hexdigest() != expected["sha256"]:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())

@@ -1,0 +1,89 @@
+"""Validation: the loss as trained and with hard top-1 and top-k, all load metrics, liveness and churn.
+
+Shapes: T tokens, E experts, K chosen per token, L MoE layers.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_lab import seeding
+from moe_lab.loop import Examples, Parts, contexts, draw_noise, examples, forward, perplexity, view
+from moe_lab.observe.recorder import Recorder
+from moe_lab.probes.liveness import gradient_ratio
+from moe_lab.schedules import Values
+
+
+class Evaluator:
+    """Evaluates the model of `parts`; its only state is the choice that the probe batch got last time."""
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        s = parts.settings
+        self.micro = s.batch_size // parts.optim.accumulate
+        self.previous: list[Tensor] = []
+        self.lines = {f"eval/{name}": nats for name, nats in parts.data.ngram().items()}
+
+    def __call__(self, values: Values, step: int) -> dict:
+        """eval/... and the moe/... values that only an evaluation gives, with the schedules' values of that step."""
+        parts, s = self.parts, self.parts.settings
+        recorder = self._recorder()
+        total, counted, modes = torch.zeros(3, dtype=torch.float64), 0, self._modes()
+        for i, raw in enumerate(parts.data.valid_batches(self.micro, s.seq_len, s.eval_tokens)):
+            batch = examples(parts, raw.ids, raw.domain, seeding.generator(s.seed, "eval mask", i))
+            with torch.no_grad():
+                for m, hard in enumerate(modes):
+                    out, loss_T = forward(parts, batch, contexts(parts, values, hard=hard))
+                    total[m] += loss_T.double().sum().cpu()
+                    if hard is None:
+                        recorder.see(view(out, batch, loss_T))
+            counted += int(batch.counted.sum())
+        row = self.alive(values, step)
+        if not counted:
+            return row
+        losses = dict(zip(modes, (total / counted).tolist(), strict=False))
+        loss, k = losses[None], self.k
+        row |= {"eval/loss": loss, "eval/ppl": perplexity(loss), "eval/tokens": counted}
+        if parts.model.moes:
+            row |= {"eval/loss_top1": losses.get(1, loss), "eval/loss_topk": losses.get(k, loss)}
+        return row | self.lines | {f"eval/{key}": value for key, value in recorder.row(evaluation=True).items()}
+
+    def state(self) -> dict[str, Tensor]:
+        return {str(layer): expert_TK for layer, expert_TK in enumerate(self.previous)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.previous = [state[str(layer)].to(self.parts.device) for layer in range(len(state))]
+
+    @property
+    def k(self) -> int:
+        return max((m.router.k for m in self.parts.model.moes), default=1)
+
+    def _modes(self) -> list[int | None]:
+        """As trained, then the hard choices that differ from it."""
+        moes = self.parts.model.moes
+        if not moes:
+            return [None]
+        soft = any(m.router.every_expert for m in moes)
+        return [None, *([1] if self.k > 1 or soft else []), *([self.k] if self.k > 1 and soft else [])]
+
+    def _recorder(self) -> Recorder:
+        p = self.parts
+        vocabulary = p.data.vocab_size + p.objective.extra_tokens
+        return Recorder(p.model.moes, vocabulary, len(p.data.domains), p.settings.seq_len, p.device)
+
+    def alive(self, values: Values, step: int) -> dict:
+        """moe/router_grad_ratio: the task's gradient on one fixed batch, with the router's training noise."""
+        parts, s = self.parts, self.parts.settings
+        if not parts.model.moes:
+            return {}
+        batch = self._probe()
+        noise = draw_noise(parts, batch.inputs.numel(), s.seed, "probe noise")
+        _, loss_T = forward(parts, batch, contexts(parts, values, noise))
+        ratio = gradient_ratio(parts.model.moes, loss_T.sum() / batch.counted.sum())
+        return {"moe/router_grad_ratio": ratio}
+
+    def _probe(self) -> Examples:
+        """The first validation batch, or the first training batch where there is no validation."""
+        parts, s = self.parts, self.parts.settings
+        raw = next(parts.data.valid_batches(self.micro, s.seq_len, 1), None)
+        raw = raw or parts.data.train_batch(s.seed, 0, self.micro, s.seq_len)
+        return examples(parts, raw.ids, raw.domain, seeding.generator(s.seed, "probe mask"))

@@ -1,0 +1,271 @@
+"""The whole story of a run: `train(cfg, ...)` from an empty directory, `resume(run_dir, cfg)` from its checkpoint."""
+
+import ctypes
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moe_lab import checkpoint
+from moe_lab.assemble import assemble
+from moe_lab.config import build, registered
+from moe_lab.cost import cost
+from moe_lab.evaluate import Evaluator
+from moe_lab.loop import Loop, Parts
+from moe_lab.observe.recorder import Recorder
+from moe_lab.observe.verdict import Judge
+from moe_lab.run import Run, Stop, config_hash, read_status, redacted
+from moe_lab.settings import quick
+from moe_lab.sinks.base import Sink
+from moe_lab.sinks.console import Console
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: dict[str, Any], run_dir: Path, overrides: list[str], choices: Mapping[str, str]) -> dict[str, Any]:
+    """Train as `cfg` says (plain, checked) in `run_dir` and return the summary.
+
+    A directory that holds the same run finished gives its summary back; one that holds it half done goes on, so
+    that running a sweep again finishes it. Raises Stop (see run.Stop), ValueError for data that cannot serve.
+    """
+    if cfg["fast"]:
+        cfg = quick(cfg)
+    status = read_status(run_dir)
+    if status and _same_run(run_dir, cfg):
+        if status["status"] == "completed":
+            return json.loads((run_dir / "summary.json").read_text())
+    elif status and status["step"]:
+        raise Stop(4, f"{run_dir}: holds a run of another config; choose another directory")
+    keep_freed_memory()
+    with Run(run_dir, cfg, overrides, choices) as run:
+        return Training(run, assemble(cfg)).go()
+
+
+def resume(run_dir: Path, cfg: dict[str, Any]) -> dict[str, Any]:
+    """Go on from the newest checkpoint of `run_dir`; `cfg` is its config, but for keys that change no number."""
+    env = json.loads((run_dir / "env.json").read_text())
+    overrides = (run_dir / "overrides.txt").read_text().splitlines()
+    return train(cfg | {"fast": False}, run_dir, overrides, env["choices"])
+
+
+def _same_run(run_dir: Path, cfg: dict[str, Any]) -> bool:
+    try:
+        return json.loads((run_dir / "env.json").read_text())["config_hash"] == config_hash(cfg)
+    except FileNotFoundError:
+        return True  # it never began
+
+
+class Training:
+    """A run's moving parts between its opening and its end."""
+
+    def __init__(self, run: Run, parts: Parts):
+        self.run, self.parts = run, parts
+        vocabulary = parts.data.vocab_size + parts.objective.extra_tokens
+        moes, domains = parts.model.moes, len(parts.data.domains)
+        recorder = Recorder(moes, vocabulary, domains, parts.settings.seq_len, parts.device)
+        self.loop, self.evaluator = Loop(parts, recorder), Evaluator(parts)
+        E = moes[0].experts.num if moes else 1
+        self.judge = Judge(E, moes[0].router.k if moes else 1, domains)
+        self.last_row = 0
+        self.last_eval: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}
+        self.alive: dict[str, Any] = {}
+        self.sinks: list[Sink] = []
+
+    def go(self) -> dict[str, Any]:
+        """Train to the end, or raise Stop; the sinks are closed either way."""
+        start = self._restore()
+        facts = self._facts(start)
+        self.run.start(facts)
+        self._open_sinks(facts)
+        status, summary = "failed", {}
+        try:
+            summary = self._steps(start)
+            status = "completed"
+        except Stop as stop:
+            status = {3: "diverged", 75: "preempted"}[stop.code]
+            summary = self._summary(status)
+            raise
+        finally:
+            for sink in reversed(self.sinks):
+                sink.close(status, summary or self._summary(status))
+        return summary
+
+    def _steps(self, start: int) -> dict[str, Any]:
+        s = self.parts.settings
+        self.began = self.clock = time.monotonic()
+        self.began_at = start
+        if start == 0:
+            self.alive = self.evaluator.alive(self.parts.schedules.at(0, s.steps))
+        for done in range(start + 1, s.steps + 1):
+            self.loop.step(done - 1)
+            if self.parts.device.type == "cpu":
+                self._stop_if_diverged()
+            if s.logs_at(done):
+                self._row(done)
+            if done % s.checkpoint.every == 0 or done == s.steps or self.run.stop_signal:
+                self._checkpoint(done)
+            if self.run.stop_signal and done < s.steps:
+                raise Stop(
+                    75,
+                    f"stopped by {self.run.stop_signal} after step {done}; go on with: "
+                    f"moe-lab train resume={self.run.folder}",
+                )
+        summary = self._summary("completed")
+        self.run.finish(summary)
+        return summary
+
+    def _row(self, done: int) -> None:
+        """Everything that is said about the updates since the last row."""
+        s = self.parts.settings
+        self._stop_if_diverged()
+        row = self.loop.row(done, done - self.last_row) | self.alive
+        self.alive = {}
+        training_time = time.monotonic() - self.clock
+        if s.evaluates_at(done):
+            row |= self.evaluator(self.parts.schedules.at(done - 1, s.steps))
+            self.last_eval = {key: value for key, value in row.items() if key.startswith("eval/")}
+        verdicts = self.judge.see(row)
+        row["moe/verdict"] = verdicts
+        timing = self._timing(done, training_time)
+        self.run.row(row, timing)
+        for sink in self.sinks:
+            sink.row(row, timing)
+        for change in self.judge.changes:
+            for sink in self.sinks:
+                sink.verdict(done, change.layer, change.old, change.new, change.why, change.remedies)
+        self.last, self.last_row, self.clock = row, done, time.monotonic()
+
+    def _stop_if_diverged(self) -> None:
+        at = self.loop.diverged_at()
+        if at is not None:
+            raise Stop(
+                3,
+                f"diverged: the gradient of update {at} is not finite; that update was not applied. "
+                "Try a smaller optim.lr or balance=[switch,z_loss]",
+            )
+
+    def _timing(self, done: int, seconds: float) -> dict[str, Any]:
+        """Clocks of a row: throughput of training alone, and the time that the rest will take at the pace so far."""
+        s = self.parts.settings
+        elapsed = time.monotonic() - self.began
+        tokens = (done - self.last_row) * s.batch_size * s.seq_len
+        eta = elapsed / (done - self.began_at) * (s.steps - done)
+        return {"step": done, "time": time.time(), "elapsed": elapsed, "tokens_per_s": tokens / seconds, "eta": eta}
+
+    def _summary(self, status: str) -> dict[str, Any]:
+        row = self.last
+        scalars = {key: v for key, v in row.items() if isinstance(v, int | float) and not key.startswith("eval/")}
+        return {
+            "status": status,
+            "steps": row.get("step", 0),
+            "tokens": self.loop.tokens,
+            "loss": row.get("loss"),
+            "ppl": row.get("ppl"),
+            "eval": {key.removeprefix("eval/"): v for key, v in self.last_eval.items() if isinstance(v, int | float)},
+            "verdicts": self.judge.report(),
+            "final": scalars,
+            "cost": cost(self.parts),
+            "wall_s": time.monotonic() - self.run.started,
+        }
+
+    def _facts(self, start: int) -> dict[str, Any]:
+        parts, cfg, moes = self.parts, self.run.cfg, self.parts.model.moes
+        return {
+            "dataset": {"fingerprint": parts.data.fingerprint, "domains": parts.data.domains, **parts.data.about},
+            "cost": cost(parts),
+            "layers": len(moes),
+            "experts": moes[0].experts.num if moes else 0,
+            "k": moes[0].router.k if moes else 0,
+            "steps": parts.settings.steps,
+            "device": str(parts.device),
+            "dtype": str(parts.dtype).removeprefix("torch."),
+            "resumed_from": start or None,
+            "tags": [cfg["router"]["name"], parts.data.name, *cfg["balance"]],
+        }
+
+    def _open_sinks(self, facts: dict[str, Any]) -> None:
+        cfg = redacted(self.run.cfg)
+        told = facts | {"params": facts["cost"], "router": cfg["router"]["name"], "dataset": self.parts.data.name}
+        mirrors = [build("logger", cfg[name]) for name in registered("logger") if name in cfg]
+        for sink in mirrors:
+            sink.open(self.run.folder, cfg, told)
+            self.sinks.append(sink)
+        console = Console()
+        console.open(self.run.folder, cfg, told | {"destinations": [d for sink in mirrors if (d := sink.describe())]})
+        self.sinks.append(console)
+
+    def _checkpoint(self, done: int) -> None:
+        """Everything that the updates after `done` depend on, and how much of metrics.jsonl belongs to it."""
+        self._stop_if_diverged()
+        loop = self.loop
+        optimizer = loop.optimizer.state_dict()
+        moments = {f"{i}.{name}": t for i, state in optimizer["state"].items() for name, t in state.items()}
+        state = {f"recorder.{name}": t for name, t in loop.recorder.state().items()}
+        state |= {f"evaluator.{name}": t for name, t in self.evaluator.state().items()} | {"sums": loop.sums}
+        values = {
+            "tokens": loop.tokens,
+            "last_row": self.last_row,
+            "optimizer": [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]],
+            "scheduler": loop.scheduler.state_dict(),
+            "metrics_bytes": self.run.sync(),
+            "data": self.parts.data.fingerprint,
+        }
+        saved = checkpoint.Checkpoint(
+            done, _copies(self.parts.model.state_dict()), _copies(moments), _copies(state), values
+        )
+        checkpoint.save_checkpoint(self.run.checkpoints, saved, self.parts.settings.checkpoint.keep)
+
+    def _restore(self) -> int:
+        """Load the newest checkpoint of the run's directory and return its step; 0 where there is none."""
+        found = checkpoint.newest(self.run.checkpoints)
+        if found is None:
+            self.run.rewind(0)
+            return 0
+        values, loop = found.values, self.loop
+        if values["data"] != self.parts.data.fingerprint:
+            raise Stop(
+                4, "the data changed since this run began (fingerprint differs); a run cannot go on with other data"
+            )
+        self.parts.model.load_state_dict(found.model)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in found.optimizer.items():
+            index, key = name.split(".")
+            moments.setdefault(int(index), {})[key] = tensor
+        groups = loop.optimizer.state_dict()["param_groups"]
+        groups = [{"params": old["params"], **new} for old, new in zip(groups, values["optimizer"], strict=True)]
+        loop.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        loop.scheduler.load_state_dict(values["scheduler"])
+        loop.recorder.load_state(_under("recorder.", found.state))
+        self.evaluator.load_state(_under("evaluator.", found.state))
+        loop.sums.copy_(found.state["sums"])
+        loop.tokens, self.last_row = values["tokens"], values["last_row"]
+        self.run.rewind(values["metrics_bytes"])
+        for row in self.run.rows():
+            self.judge.see(row)
+            self.last = row
+            self.last_eval = {k: v for k, v in row.items() if k.startswith("eval/")} or self.last_eval
+        return found.step
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU and contiguous, as safetensors wants them."""
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep big freed blocks: faulting them in again at each step costs up to half a MoE layer."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

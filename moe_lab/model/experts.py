@@ -3,6 +3,7 @@
 Shapes: N rows sorted by expert, D width, F hidden, E experts, I input-side neurons (F, or 2F for gated experts).
 """
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -45,12 +46,13 @@ class Experts(nn.Module):
         depth: int,
         *,
         num: PosInt = 8,
-        width: PosInt = 256,
+        width: PosInt | None = None,
         shared_experts: Annotated[int, Field(ge=0)] = 0,
         capacity_factor: Annotated[float, Field(gt=0)] | None = None,
         backend: Backend = "auto",
     ):
         super().__init__()
+        width = width or usual_width(dim, self.sides)
         self.num, self.width, self.backend = num, width, backend
         self.shared_experts, self.capacity_factor = shared_experts, capacity_factor
         self.w_in_EDI = parameter(num, dim, self.sides * width, std=dim**-0.5)
@@ -85,6 +87,11 @@ class Experts(nn.Module):
             aligned = all(n * rows_ND.element_size() % 16 == 0 for n in (self.w_in_EDI.shape[1], self.width))
             return grouped if aligned and rows_ND.dtype != torch.float64 else loop
         return {"grouped": grouped, "loop": loop}[self.backend]
+
+
+def usual_width(dim: int, sides: int) -> int:
+    """4 dim, or 8/3 dim for gated experts, which hold as many parameters with three matrices; whole 16s."""
+    return 16 * math.ceil(8 * dim / (1 + sides) / 16)
 
 
 def grouped(rows_NX: Tensor, w_EXY: Tensor, counts_E: Tensor) -> Tensor:

@@ -1,0 +1,77 @@
+"""`moe-lab VERB ...`: takes the verb off the command line and hands over; nothing heavy is imported before that."""
+
+import os
+import signal
+import sys
+from importlib import import_module
+
+from moe_lab import __version__
+
+VERBS = {
+    "train": "train a model and watch its routers: moe-lab train router=gumbel_ste",
+    "list": "the groups, and the options of one: moe-lab list router",
+    "diff": "how two runs differ in config and outcome: moe-lab diff RUN RUN",
+    "export": "a run's metrics as CSV or parquet: moe-lab export RUN",
+    "verify": "check that a run is whole, without touching it: moe-lab verify RUN",
+    "info": "versions, devices and paths, to paste into a bug report",
+}
+HELP = f"""moe-lab {__version__}: which router collapses, which one learns, and what did balancing cost?
+
+usage: moe-lab VERB ...        moe-lab VERB --help tells more
+
+{os.linesep.join(f"  {verb:<8} {about}" for verb, about in VERBS.items())}
+
+Tab completion in bash:  eval "$(moe-lab -sc install=bash)"
+Exit codes: 0 ok, 1 a run failed, 2 wrong usage or config (nothing written), 3 diverged, 4 refused
+(locked, drifted, corrupt), 5 environment (disk, permission, network), 75 stopped and resumable, 130 Ctrl-C twice
+"""
+
+
+def main() -> int:
+    """The console script. Returns the exit code."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        quiet_pipe()
+        print(HELP, end="")
+        return 0
+    if argv[0] in ("-V", "--version") or (argv[0] in VERBS and "--version" in argv[1:]):
+        print(f"moe-lab {__version__}")
+        return 0
+    if argv[0] in ("-sc", "--shell-completion"):
+        quiet_pipe()
+        return import_module("moe_lab.completion").main(argv[1:])
+    if argv[0] not in VERBS:
+        return complain([f"no such command: {printable(argv[0])}{_nearest_verb(argv[0])}"])
+    try:
+        return import_module(f"moe_lab.verbs.{argv[0]}").main(argv[1:])
+    except KeyboardInterrupt:
+        complain(["stopped"])
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def quiet_pipe() -> None:
+    """End without a word when the reader has gone (`| head`). Not for training, where W&B's socket may break too."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def complain(lines: list[str], code: int = 2) -> int:
+    """Print each line to stderr after the program's name and return the exit code."""
+    for line in lines:
+        print(f"moe-lab: {printable(line)}", file=sys.stderr, flush=True)
+    return code
+
+
+def printable(text: str) -> str:
+    """Text from outside on one line, without control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _nearest_verb(wrong: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(wrong, VERBS, n=1)
+    train = f"; options belong behind a verb: moe-lab train {printable(wrong)}" if "=" in wrong else ""
+    return train or (f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(VERBS)}")

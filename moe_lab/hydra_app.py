@@ -1,0 +1,178 @@
+"""Hydra behind `moe-lab train`: compose and check everything first, then let Hydra run it.
+
+Hydra makes the run directory, and builds whatever its own part of the config names, before any code of ours is
+asked. So the same config is composed here beforehand with Hydra's own loader: its `hydra` part is held against the
+few things that may stand there, its job part against the schema; a sweep is expanded and checked job by job.
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from moe_lab import config, mistakes, naming, presets
+
+MAX_JOBS = 2000
+# What may be built for Hydra itself. Everything else with a `_target_` is refused before Hydra sees it.
+TARGETS = {
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+    "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+}
+HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "moe_lab.sinks.messages.TerminalHandler")
+
+
+class Refused(Exception):
+    """The config cannot run; `lines` tell every mistake."""
+
+    def __init__(self, lines: list[str]):
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+@dataclass
+class Plan:
+    """What a command line asks for, composed and checked."""
+
+    overrides: list[str]  # for Hydra, its mode included
+    multirun: bool
+    jobs: list[DictConfig] = field(default_factory=list)
+
+
+@contextmanager
+def open_hydra(own: Path | None) -> Iterator[Hydra]:
+    """Hydra over conf/ and the user's own config directory, whose files win."""
+    if hydra.__version__ < "1.4":
+        hydra.version.setbase("1.3")
+    naming.register_resolvers()
+    search_path = create_config_search_path(str(presets.conf_dir()))
+    if own is not None:
+        here = SearchPathQuery(provider="main", path=None)
+        search_path.prepend(provider="command-line", path=f"file://{own.absolute()}", anchor=here)
+    GlobalHydra.instance().clear()
+    try:
+        yield Hydra.create_main_hydra2(task_name="train", config_search_path=search_path)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def compose(app: Hydra, config_name: str, overrides: list[str]) -> None:
+    """Compose without checking, for commands that only show; Refused where even that fails."""
+    try:
+        app.config_loader.load_configuration(config_name, overrides, RunMode.RUN)
+    except mistakes.COMPOSITION as error:
+        raise Refused(mistakes.explain(error, app.config_loader, config_name, overrides)) from error
+
+
+def plan(app: Hydra, config_name: str, overrides: list[str], multirun: bool) -> Plan:
+    """Compose and check all that is asked for. Raises Refused with every mistake that was found."""
+    try:
+        master = app.config_loader.load_configuration(
+            config_name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False
+        )
+        multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
+        refused = list(forbidden(OmegaConf.to_container(master.hydra, resolve=False)))
+        if refused:
+            raise Refused(refused)
+        asked = [o for o in overrides if not o.startswith("hydra.mode=")]
+        asked.append(f"hydra.mode={'MULTIRUN' if multirun else 'RUN'}")
+        if not multirun:
+            return Plan(asked, False, [_checked(app, config_name, asked)])
+        return Plan(asked, True, _sweep(app, config_name, asked))
+    except mistakes.COMPOSITION as error:
+        raise Refused(mistakes.explain(error, app.config_loader, config_name, overrides)) from error
+
+
+def _checked(app: Hydra, config_name: str, overrides: list[str]) -> DictConfig:
+    cfg = app.config_loader.load_configuration(config_name, overrides, RunMode.RUN)
+    problems = config.check(naming.plain(cfg))
+    if problems:
+        raise Refused(problems)
+    return cfg
+
+
+def _sweep(app: Hydra, config_name: str, overrides: list[str]) -> list[DictConfig]:
+    """Every job of the sweep, composed and checked; a mistake that many jobs share is told once."""
+    master = app.config_loader.load_configuration(config_name, overrides, RunMode.MULTIRUN)
+    params = OmegaConf.select(master, "hydra.sweeper.params") or {}
+    parser = OverridesParser.create(config_loader=app.config_loader)
+    parsed = parser.parse_overrides([f"{key}={value}" for key, value in params.items()] + master.hydra.overrides.task)
+    many = math.prod(_length(override) for override in {o.get_key_element(): o for o in parsed}.values())
+    if many > MAX_JOBS:
+        raise Refused([f"this sweep has {many:,} jobs; the limit is {MAX_JOBS:,}: sweep over less at a time"])
+    jobs, told = [], dict[str, list[str]]()
+    for job in itertools.chain.from_iterable(BasicSweeper.split_arguments(parsed, None)):
+        try:
+            jobs.append(app.config_loader.load_sweep_config(master, list(job)))
+            problems = config.check(naming.plain(jobs[-1]))
+        except mistakes.COMPOSITION as error:
+            problems = mistakes.explain(error, app.config_loader, config_name, list(job))
+        for problem in problems:
+            told.setdefault(problem, []).append(" ".join(job))
+    if told:
+        raise Refused([_where(problem, where, many) for problem, where in told.items()])
+    return jobs
+
+
+def _length(override: Override) -> int:
+    value = override.value()
+    if isinstance(value, RangeSweep):
+        assert value.start is not None and value.stop is not None
+        return max(0, math.ceil((value.stop - value.start) / value.step))
+    return len(value.list) if isinstance(value, ChoiceSweep) else 1
+
+
+def _where(problem: str, jobs: list[str], many: int) -> str:
+    if len(jobs) == many:
+        return problem
+    more = f" and {len(jobs) - 1} more of {many} jobs" if len(jobs) > 1 else ""
+    return f"{problem}  (job {jobs[0]}{more})"
+
+
+def forbidden(node: Any, path: str = "hydra") -> Iterator[str]:
+    """What stands in the `hydra` part and would run code or change the process by its name alone."""
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        where = f"{path}.{key}"
+        if key == "_target_" and value not in TARGETS:
+            yield f"{where}={value}: not allowed; configs are data, and Hydra may build only its own launchers"
+        elif key in ("()", "class") and "logging" in path and value not in HANDLERS:
+            yield f"{where}={value}: not allowed; log handlers are {', '.join(HANDLERS)}"
+        elif where == "hydra.job.env_set" and value:
+            yield f"{where}: not allowed; set environment variables in your shell"
+        else:
+            yield from forbidden(value, where)
+
+
+def hydra_command(config_name: str, own: Path | None, argv: list[str]) -> None:
+    """Hydra's own --cfg, --info and --hydra-help, unchanged."""
+    old = {"version_base": "1.3"} if hydra.__version__ < "1.4" else {}
+    naming.register_resolvers()
+    main = hydra.main(config_path=str(presets.conf_dir()), config_name=config_name, **old)
+    extra = ["--config-dir", str(own)] if own is not None else []
+    sys.argv = ["moe-lab train", *argv, *extra]
+    main(_nothing)()
+
+
+def _nothing(cfg: DictConfig) -> None:
+    raise AssertionError("this command runs no job")

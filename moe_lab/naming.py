@@ -1,0 +1,61 @@
+"""Names of run directories: pure, short and safe, whatever stands in the overrides."""
+
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from moe_lab.run import NOT_NUMBERS, config_hash
+from moe_lab.settings import quick
+
+
+def slug(router: str, overrides: Iterable[str]) -> str:
+    """`[a-z0-9._-]{1,40}`: the router, then what was overridden; for people, so it may be cut and need not be unique."""
+    words = [router]
+    for override in sorted(overrides):
+        key, _, value = override.lstrip("+~").partition("=")
+        name = key.split("@")[0].rsplit(".", 1)[-1]
+        if key == "router" or (key.split(".")[0] in NOT_NUMBERS and key != "fast") or "/" in value:
+            continue
+        words.append(f"{name}_{value}" if "." in key or re.fullmatch(r"[\d.e+-]+|true|false|null", value) else value)
+    clean = (re.sub(r"[^a-z0-9._-]+", "_", word.lower()).strip("_.-") for word in words)
+    return "-".join(filter(None, clean))[:40].rstrip("-_.") or "run"
+
+
+def run_name(router: str, overrides: Iterable[str]) -> str:
+    """`<date>/<time>-<slug>-<id>`; the id is random, so that runs started in the same second differ."""
+    return f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{slug(router, overrides)}-{secrets.token_hex(3)}"
+
+
+def job_name(cfg: Mapping[str, Any], overrides: Iterable[str], sweep_dir: Path) -> str:
+    """`<config hash>-<slug>`; a job that was spelled differently the first time keeps its first name."""
+    key = config_hash(quick(dict(cfg)) if cfg["fast"] else cfg)
+    there = sorted(sweep_dir.glob(f"{key}-*")) if sweep_dir.is_dir() else []
+    return there[0].name if there else f"{key}-{slug(str(cfg['router']['name']), overrides)}"
+
+
+def register_resolvers() -> None:
+    """The resolvers that conf/train.yaml names run directories with."""
+    from omegaconf import DictConfig, OmegaConf
+
+    def run_name_of(router: str, overrides: Iterable[str]) -> str:
+        return run_name(str(router), [str(override) for override in overrides])
+
+    def job_name_of(overrides: Iterable[str], _root_: DictConfig) -> str:
+        return job_name(plain(_root_), [str(override) for override in overrides], Path(str(_root_.hydra.sweep.dir)))
+
+    # Cached: a random id must be drawn once per config. The other is a function of the config and cannot be.
+    OmegaConf.register_new_resolver("moe_lab.run_name", run_name_of, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("moe_lab.job_name", job_name_of, replace=True)
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """A composed config as resolved dicts and lists, without its `hydra` part. Errors are OmegaConf's."""
+    from omegaconf import OmegaConf
+
+    job = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    resolved = OmegaConf.to_container(job, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}

@@ -1,0 +1,146 @@
+"""`moe-lab train`: Hydra's habits, our help, mistakes told before anything is written."""
+
+import argparse
+import errno
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moe_lab import presets
+from moe_lab.cli import complain, quiet_pipe
+
+log = logging.getLogger(__name__)
+ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.EIO)
+
+
+def main(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        from moe_lab.verbs import train_help
+
+        quiet_pipe()
+        train_help.show()
+        return 0
+    from hydra._internal.utils import get_args_parser
+
+    parser: argparse.ArgumentParser = get_args_parser()
+    parser.prog, parser.error = "moe-lab train", _usage
+    args = parser.parse_args(argv)
+    if args.experimental_rerun or args.config_path:
+        return complain(["--experimental-rerun and --config-path are not offered; see resume= and --config-dir"])
+    own = Path(args.config_dir) if args.config_dir else presets.own_dir()
+    if own is not None and not own.is_dir():
+        return complain([f"{own}: no such config directory (--config-dir or MOE_LAB_CONFIG_DIR)"])
+    resumed = [o for o in args.overrides if o.startswith("resume=") and o not in ("resume=", "resume=null")]
+    if resumed:
+        from moe_lab.verbs import resume
+
+        return resume.main(resumed[-1].partition("=")[2], [o for o in args.overrides if o not in resumed])
+    return _through_hydra(args, argv, own)
+
+
+def _usage(message: str) -> NoReturn:
+    sys.exit(complain([f"{message}; see moe-lab train --help"]))
+
+
+def _through_hydra(args: argparse.Namespace, argv: list[str], own: Path | None) -> int:
+    from moe_lab import hydra_app
+
+    config_name = args.config_name or "train"
+    shows = args.cfg or args.info or args.hydra_help
+    try:
+        with hydra_app.open_hydra(own) as app:
+            if shows:
+                hydra_app.compose(app, config_name, args.overrides)
+            else:
+                plan = hydra_app.plan(app, config_name, args.overrides, args.multirun)
+                return _start(app, config_name, plan)
+    except hydra_app.Refused as refused:
+        return complain(refused.lines)
+    quiet_pipe()
+    hydra_app.hydra_command(config_name, own if not args.config_dir else None, argv)
+    return 0
+
+
+def _start(app: Any, config_name: str, plan: Any) -> int:
+    """Let Hydra run the job or the sweep; the exit code."""
+    try:
+        if not plan.multirun:
+            app.run(config_name, job, plan.overrides)
+            return 0
+        batches = app.multirun(config_name, job, plan.overrides)
+    except OSError as error:  # Hydra could not make the directory
+        return complain([f"{error.filename or 'output_dir'}: {error.strerror or error}"], 5)
+    failed = [ret for batch in batches for ret in batch if ret.return_value.get("exit")]
+    for ret in failed:
+        complain([f"failed: {' '.join(ret.overrides)}: {ret.return_value['message']}"])
+    return 1 if failed else 0
+
+
+def job(cfg: Any) -> dict[str, Any]:
+    """One run, called by Hydra with the composed config; in a sweep a failed run does not end the others."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from moe_lab.naming import plain, register_resolvers
+
+    register_resolvers()  # a launcher may have started a new process
+    hydra = HydraConfig.get()
+    folder, sweep = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
+    choices = {key: str(value) for key, value in hydra.runtime.choices.items() if not key.startswith("hydra/")}
+
+    def go() -> dict[str, Any]:
+        from moe_lab.train import train
+
+        return train(plain(cfg), folder, list(hydra.overrides.task), choices)
+
+    summary = guarded(go, folder)
+    code = summary.get("exit", 0)
+    if code == 2 and not sweep:
+        forget(folder, Path(cfg.output_dir))
+    if code and (not sweep or code in (75, 130)):
+        complain([summary["message"]] if summary["message"] else [])
+        raise SystemExit(code)
+    return summary
+
+
+def guarded(go: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """The run's summary, or {"exit": code, "message": line} where it ended in any other way."""
+    from moe_lab.run import Stop
+
+    try:
+        return go()
+    except Stop as stop:
+        return {"exit": stop.code, "message": stop.message}
+    except KeyboardInterrupt:
+        return {"exit": 130, "message": f"stopped at once; {folder} keeps its last checkpoint"}
+    except OSError as error:
+        if type(error).__name__ == "DatasetUnavailable" or error.errno in ENVIRONMENT:
+            return {"exit": 5, "message": str(error)}
+        return _unexpected(error)
+    except ValueError as error:
+        if (folder / "env.json").exists():  # it ran already: not the user's mistake
+            return _unexpected(error)
+        return {"exit": 2, "message": str(error)}
+    except Exception as error:
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> dict[str, Any]:
+    log.exception("the run failed")  # with its traceback, to train.log and to the terminal
+    return {"exit": 1, "message": f"{type(error).__name__}: {error}"}
+
+
+def forget(folder: Path, root: Path) -> None:
+    """Remove a run directory in which nothing was trained, and the folders above it that this leaves empty."""
+    made = ("train.log", "config.yaml", "overrides.txt", "status.json", ".lock", "metrics.jsonl", "timing.jsonl")
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size:
+        return
+    for name in made:
+        (folder / name).unlink(missing_ok=True)
+    for empty in (folder, *folder.parents):
+        if any(empty.iterdir()) or not (empty == folder or empty.is_relative_to(root.absolute())):
+            return
+        empty.rmdir()

@@ -1,0 +1,99 @@
+"""How the routing moves: between windows, between updates, between evaluations.
+
+Shapes: L layers, T tokens, E experts, K chosen per token.
+"""
+
+import math
+
+from torch import Tensor
+
+from moe_lab.observe.metric import declare
+
+TOPIC = "Dynamics: how the routing moves"
+
+
+def shift_floor(T: int, E: int, k: int) -> float:
+    """Mean total variation between the loads of two windows of T tokens under random choice."""
+    return math.sqrt((E / k - 1) / (math.pi * T))
+
+
+def total_variation(a_LE: Tensor, b_LE: Tensor) -> Tensor:
+    """Half the summed difference of the two normalised loads, [L, E], [L, E] -> [L]."""
+    a_LE, b_LE = a_LE.double(), b_LE.double()
+    return (a_LE / a_LE.sum(-1, keepdim=True) - b_LE / b_LE.sum(-1, keepdim=True)).abs().sum(-1) / 2
+
+
+declare(
+    "load_shift",
+    TOPIC,
+    "sum_e |q_e - q'_e| / 2, q and q' the loads of this window and of the one before",
+    span=("0", "1"),
+    balanced="0",
+    collapsed="0, once it stays with the same experts",
+    floor="sqrt((E/k - 1) / (pi T)), T = tokens in each of the two windows",
+    floor_at=shift_floor,
+    worst="max",
+    source="total variation distance",
+    reads="The share of the load that changed hands since the last row.",
+)
+declare(
+    "load_flutter",
+    TOPIC,
+    "mean over the window's updates of sum_e |q_e - q'_e| / 2, q' = the load of the update before",
+    span=("0", "1"),
+    balanced="0",
+    collapsed="0, once it stays with the same experts",
+    floor="sqrt((E/k - 1) / (pi T)), T = tokens of an update",
+    floor_at=shift_floor,
+    worst="max",
+    reads="The share of the load that changes hands from update to update; batches of few sequences raise it too.",
+)
+declare(
+    "load_return",
+    TOPIC,
+    "load_flutter over two updates (q' = the load of the update before the last) / load_flutter",
+    span=("0", "2"),
+    balanced="1: independent from update to update; 2: a steady drift",
+    collapsed="any",
+    floor="1",
+    floor_at=lambda T, E, k: 1.0,
+    worst="min",
+    reads="Near 0 the load swings to and fro between updates, as under a selection bias that moves too fast. "
+    "Read it only where load_flutter is well above its floor.",
+)
+declare(
+    "churn",
+    TOPIC,
+    "1 - mean_t |S_t & S'_t| / k on a fixed probe batch, S and S' the choices now and at the evaluation before",
+    span=("0", "1"),
+    balanced="1 - k/E for a fresh random draw",
+    collapsed="0",
+    floor="0 exactly: same tokens, no noise",
+    floor_at=lambda T, E, k: 0.0,
+    worst="max",
+    source="routing fluctuation, arXiv 2204.08396 and 2204.09179",
+    reads="Share of the choices that changed. It should fall late in training; 0 from the start: nothing learns.",
+    when="evaluation",
+)
+
+
+def churn(before_LTK: Tensor, now_LTK: Tensor) -> Tensor:
+    """Choices of the same tokens [L, T, K] at two times -> [L]."""
+    same_LTK = (before_LTK[:, :, :, None] == now_LTK[:, :, None, :]).any(-1)
+    return 1 - same_LTK.double().mean((-2, -1))
+
+
+declare(
+    "router_grad_ratio",
+    TOPIC,
+    "||d task / d router|| / ||d task / d experts|| on one fixed batch, balance terms left out",
+    span=("0", "inf"),
+    balanced="of the order of 0.01 to 10",
+    collapsed="falls as the gate saturates",
+    floor="1e-5 where the exact value is 0 (renormalised top-1 in fp32)",
+    floor_at=lambda T, E, k: 1e-5,
+    worst="min",
+    source="our measurement",
+    reads="Below 1e-4 the task does not train the router: frozen.",
+    when="liveness",
+)

@@ -22,8 +22,9 @@ class Console(Sink):
 
     def __init__(self, console: RichConsole | None = None):
         self.console = console or rich.get_console()
-        utf8 = self.console.encoding.lower().startswith("utf")
-        self.lively = self.console.is_terminal and not self.console.is_dumb_terminal and utf8
+        # FORCE_COLOR makes rich call any file a terminal, and a live screen in a file is thousands of screens.
+        terminal = self.console.is_interactive and self.console.file.isatty()
+        self.lively = terminal and self.console.encoding.startswith("utf")
         self.live: Live | None = None
         self.state = State()
         self.drawn = 0.0

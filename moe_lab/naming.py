@@ -12,7 +12,7 @@ from moe_lab.settings import quick
 
 
 def slug(router: str, overrides: Iterable[str]) -> str:
-    """`[a-z0-9._-]{1,40}`: the router, then what was overridden; for people, so it may be cut and need not be unique."""
+    """`[a-z0-9._-]{1,40}`: the router, then what was overridden. For people: it may be cut, and need not be unique."""
     words = [router]
     for override in sorted(overrides):
         key, _, value = override.lstrip("+~").partition("=")

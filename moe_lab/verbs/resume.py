@@ -1,0 +1,81 @@
+"""`moe-lab train resume=RUN`: go on from a run's checkpoint, with the config that it began with."""
+
+import json
+import logging.config
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+
+from moe_lab import config, presets
+from moe_lab.cli import complain
+from moe_lab.recorded import flat
+
+SAFE = ("checkpoint.every", "checkpoint.keep", "wandb.mode")  # change no number, so they may differ from the run's
+
+
+def main(run: str, overrides: list[str]) -> int:
+    folder = Path(run)
+    if not (folder / "config.yaml").is_file():
+        return complain([f"resume={run}: no run directory (it has no config.yaml)"])
+    if not any((folder / "checkpoints").glob("step-*/manifest.json")):
+        return complain([f"resume={run}: has no checkpoint to go on from; start the run again"], 4)
+    try:
+        cfg = yaml.safe_load((folder / "config.yaml").read_text())
+        choices = json.loads((folder / "env.json").read_text())["choices"]
+    except (OSError, ValueError, KeyError, yaml.YAMLError):
+        return complain([f"resume={run}: config.yaml or env.json is damaged; see moe-lab verify {run}"], 4)
+    try:
+        changed, refused = _apply(overrides, cfg, choices)
+    except OverrideParseException as error:
+        return complain([f"{error.override}: not understood; write key=value"])
+    except KeyError as error:
+        return complain([str(error.args[0])])
+    if refused:
+        return complain([f"{line}; only {', '.join(SAFE)} may change when a run goes on" for line in refused], 4)
+    if problems := config.check(changed):
+        return complain(problems, 2 if overrides else 4)
+    return _go(folder, changed)
+
+
+def _apply(overrides: list[str], cfg: dict[str, Any], choices: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The config with the safe overrides in it, and a line for each other one that asks for something else."""
+    changed, refused = json.loads(json.dumps(cfg)), []
+    known = flat(cfg)
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key, value = override.key_or_group, override.value()
+        if key in choices:
+            if str(value) != str(choices[key]):
+                refused.append(f"{key}={value}: this run has {key}={choices[key]}")
+        elif key not in known:
+            raise KeyError(f"{key}: no such key in this run{config.nearest(key, known)}")
+        elif key in SAFE:
+            node = changed
+            for part in key.split(".")[:-1]:
+                node = node[part]
+            node[key.split(".")[-1]] = value
+        elif value != known[key]:
+            refused.append(f"{key}={value}: this run has {key}={known[key]}")
+    return changed, refused
+
+
+def _go(folder: Path, cfg: dict[str, Any]) -> int:
+    from moe_lab.verbs.train import guarded
+
+    text = (presets.conf_dir() / "hydra/job_logging/moe_lab.yaml").read_text()
+    told = yaml.safe_load(text)
+    told["handlers"]["file"]["filename"] = str(folder / "train.log")
+    logging.config.dictConfig(told)
+
+    def go() -> dict[str, Any]:
+        from moe_lab.train import resume
+
+        return resume(folder, cfg)
+
+    summary = guarded(go, folder)
+    if "exit" in summary:
+        return complain([summary["message"]], summary["exit"])
+    return 0

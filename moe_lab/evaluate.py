@@ -23,7 +23,7 @@ class Evaluator:
         self.previous: list[Tensor] = []
         self.lines = {f"eval/{name}": nats for name, nats in parts.data.ngram().items()}
 
-    def __call__(self, values: Values, step: int) -> dict:
+    def __call__(self, values: Values) -> dict:
         """eval/... and the moe/... values that only an evaluation gives, with the schedules' values of that step."""
         parts, s = self.parts, self.parts.settings
         recorder = self._recorder()
@@ -37,7 +37,7 @@ class Evaluator:
                     if hard is None:
                         recorder.see(view(out, batch, loss_T))
             counted += int(batch.counted.sum())
-        row = self.alive(values, step)
+        row = self.alive(values)
         if not counted:
             return row
         losses = dict(zip(modes, (total / counted).tolist(), strict=False))
@@ -70,7 +70,7 @@ class Evaluator:
         vocabulary = p.data.vocab_size + p.objective.extra_tokens
         return Recorder(p.model.moes, vocabulary, len(p.data.domains), p.settings.seq_len, p.device)
 
-    def alive(self, values: Values, step: int) -> dict:
+    def alive(self, values: Values) -> dict:
         """moe/router_grad_ratio: the task's gradient on one fixed batch, with the router's training noise."""
         parts, s = self.parts, self.parts.settings
         if not parts.model.moes:

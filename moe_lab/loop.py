@@ -98,7 +98,7 @@ class Loop:
     def __init__(self, parts: Parts, recorder: Recorder):
         self.parts, self.recorder = parts, recorder
         self.optimizer, self.scheduler = parts.optim.build(parts.model, parts.settings.steps)
-        self.tokens = 0
+        self.tokens, self.lr = 0, 0.0  # trained on so far; of the last update
         # Losses, gradient norm and updates since the last row, then the first update that was not finite (or 0).
         self.sums = torch.zeros(4 + len(parts.balancers), device=parts.device, dtype=torch.float64)
 
@@ -147,6 +147,7 @@ class Loop:
         self.optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue] (read by fused AdamW)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         self.sums[-2] += norm
         self.sums[-1] = torch.where((self.sums[-1] == 0) & bad, step + 1, self.sums[-1])
@@ -161,7 +162,7 @@ class Loop:
         task, total, *terms, norm, _ = (self.sums / window).tolist()
         self.sums[:-1] = 0
         row = {"step": done, "tokens": self.tokens, "window": window, "loss": task, "ppl": perplexity(task)}
-        row |= {"loss_total": total, "grad_norm": norm, "lr": self.scheduler.get_last_lr()[0]}
+        row |= {"loss_total": total, "grad_norm": norm, "lr": self.lr}
         weighted = [(name, b) for name, b in parts.balancers.items()]
         row |= {f"term/{name}": term for (name, b), term in zip(weighted, terms, strict=True) if b.weight is not None}
         row |= {f"knob/{name}": value for name, value in vars(values).items()}

@@ -1,0 +1,204 @@
+"""Whole runs: what is shared between two runs, stopping and going on, divergence, every option for two steps."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CONF, tiny
+
+from moe_lab import load
+from moe_lab.assemble import assemble
+from moe_lab.checkpoint import newest
+from moe_lab.loop import Loop
+from moe_lab.run import Stop
+from moe_lab.train import train
+
+
+def run(folder: Path, *overrides: str) -> dict[str, Any]:
+    return train(tiny(*overrides), folder, list(overrides), {})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = newest(folder / "checkpoints")
+    assert found is not None
+    return found.model
+
+
+def stop_after(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send ourselves a SIGTERM in the middle of that update."""
+    step = Loop.step
+
+    def step_and_stop(self: Loop, at: int) -> None:
+        if at + 1 == update:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, at)
+
+    monkeypatch.setattr(Loop, "step", step_and_stop)
+
+
+PRESETS = [
+    f"{path.parent.name}={path.stem}"
+    for path in sorted(Path(CONF).glob("*/*.yaml"))
+    if path.parent.name in ("router", "experts", "balance", "schedule", "objective", "optim")
+]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains_two_steps(preset: str, tmp_path: Path) -> None:
+    group, name = preset.split("=")
+    choice = f"{group}=[{name}]" if group == "balance" else preset
+    needs = {"load": ["router=noisy_topk"], "loss_free": ["router=sigmoid_topk"]}.get(name, [])
+    summary = run(tmp_path, choice, *needs, "steps=2", "eval_every=2")
+    assert summary["status"] == "completed"
+    assert summary["loss"] > 0 and summary["eval"]["loss"] > 0
+    rows = load(tmp_path).metrics
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(ratio is not None for ratio in rows[0]["moe/router_grad_ratio"])
+
+
+@pytest.mark.parametrize("size", ["nano", "small", "base"])
+def test_every_model_size_builds_and_runs(size: str) -> None:
+    cfg = tiny(f"model={size}", "model.dim=64", "model.heads=2", "experts.num=2")
+    parts = assemble(cfg)
+    assert len(parts.model.moes) == cfg["model"]["layers"]
+
+
+def test_runs_that_differ_in_the_router_share_weights_and_batches() -> None:
+    a, b = (
+        assemble(tiny(f"router={name}", f"balance=[{balance}]"))
+        for name, balance in [("topk", ""), ("gumbel_ste", "switch")]
+    )
+    theirs = dict(b.model.named_parameters())
+    for name, p in a.model.named_parameters():
+        assert torch.equal(p, theirs[name]), name
+    for step in (0, 7, 1000):
+        x, y = (parts.data.train_batch(parts.settings.seed, step, 4, 32) for parts in (a, b))
+        assert torch.equal(x.ids, y.ids) and torch.equal(x.domain, y.domain)
+
+
+def test_dense_baseline_has_the_active_size_of_the_moe() -> None:
+    moe = tiny("router=topk", "experts.shared_experts=1")
+    dense = tiny("router=topk", "experts.shared_experts=1", "model.moe=false")
+    from moe_lab.cost import cost
+
+    with_router, without = cost(assemble(moe)), cost(assemble(dense))
+    router = 2 * 4 * 32  # two layers, four rows of width 32
+    assert without["params"] == without["active_params"] == with_router["active_params"] - router
+
+
+def test_dense_baseline_trains_and_has_no_moe_metrics(tmp_path: Path) -> None:
+    summary = run(tmp_path, "model.moe=false", "steps=4")
+    assert summary["verdicts"] == []
+    assert not [key for row in load(tmp_path).metrics for key in row if key.startswith("moe/") and row[key]]
+
+
+MOVING = [
+    "router=sigmoid_topk",
+    "router.noise=gumbel",
+    "balance=[switch,loss_free]",
+    "schedule=anneal",
+    "optim.accumulate=2",
+    "experts.capacity_factor=1.0",
+]
+
+
+@pytest.mark.parametrize("overrides", [["router=gumbel_ste"], MOVING, ["objective=mlm", "router=noisy_topk"]])
+def test_stop_and_resume_equals_no_stop(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "whole", *overrides)
+    stop_after(17, monkeypatch)  # between two rows, and at no checkpoint of its own
+    with pytest.raises(Stop) as stop:
+        run(tmp_path / "halves", *overrides)
+    assert stop.value.code == 75 and "resume=" in stop.value.message
+    assert load(tmp_path / "halves").status == "preempted"
+    monkeypatch.undo()
+    run(tmp_path / "halves", *overrides)
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "halves/metrics.jsonl").read_bytes()
+    whole, halves = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_forgetting_one_piece_of_state_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control of the test above: without the recorder's sums the rows must differ."""
+    from moe_lab.observe.recorder import Recorder
+
+    run(tmp_path / "whole")
+    stop_after(17, monkeypatch)
+    with pytest.raises(Stop):
+        run(tmp_path / "halves")
+    monkeypatch.undo()
+    monkeypatch.setattr(Recorder, "load_state", lambda self, state: None)
+    run(tmp_path / "halves")
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() != (tmp_path / "halves/metrics.jsonl").read_bytes()
+
+
+def test_micro_batches_add_up(tmp_path: Path) -> None:
+    """One update split in four has the same loss, gradient norm and counts, noise included."""
+    rows = []
+    for n in (1, 4):
+        run(tmp_path / str(n), "router=gumbel_ste", "balance=[]", f"optim.accumulate={n}", "steps=5", "batch_size=8")
+        rows.append(load(tmp_path / str(n)).metrics)
+    for one, four in zip(*rows, strict=True):
+        assert one["moe/selected"] == four["moe/selected"]
+        for key in ("loss", "grad_norm"):
+            assert one[key] == pytest.approx(four[key], rel=1e-4)
+        assert one["moe/load_cv"] == pytest.approx(four["moe/load_cv"], rel=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Loop._update
+
+    def poisoned(self: Loop, step: int) -> None:
+        if step == 11:
+            self.before = {n: p.detach().clone() for n, p in self.parts.model.named_parameters()}
+            next(self.parts.model.parameters()).grad[0, 0] = float("nan")
+        update(self, step)
+
+    monkeypatch.setattr(Loop, "_update", poisoned)
+    kept: list[Loop] = []
+    init = Loop.__init__
+    monkeypatch.setattr(Loop, "__init__", lambda self, *a: (init(self, *a), kept.append(self))[0])
+    with pytest.raises(Stop) as stop:
+        run(tmp_path, "checkpoint.every=5")
+    assert stop.value.code == 3 and "update 12" in stop.value.message
+    for name, p in kept[0].parts.model.named_parameters():
+        assert torch.equal(p, kept[0].before[name])
+    assert load(tmp_path).status == "diverged"
+    assert newest(tmp_path / "checkpoints").step == 10
+    assert json.loads((tmp_path / "status.json").read_text())["error"]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path, "steps=2")
+    monkeypatch.setattr(Loop, "step", lambda *a: pytest.fail("trained again"))
+    assert run(tmp_path, "steps=2") == first
+
+
+def test_another_config_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, "steps=2")
+    with pytest.raises(Stop) as stop:
+        run(tmp_path, "steps=3")
+    assert stop.value.code == 4
+
+
+def test_fast_goes_through_every_path(tmp_path: Path) -> None:
+    summary = run(tmp_path, "fast=true", "checkpoint.every=1")
+    assert summary["steps"] == 6 and summary["eval"]["loss"] > 0
+    assert [row["step"] for row in load(tmp_path).metrics if "eval/loss" in row] == [3, 6]
+    assert newest(tmp_path / "checkpoints").step == 6
+
+
+def test_load_gives_model_config_and_metrics(tmp_path: Path) -> None:
+    run(tmp_path, "steps=4", "eval_every=2")
+    loaded = load(tmp_path)
+    assert loaded.config["router"]["name"] == "gumbel_ste" and loaded.status == "completed"
+    assert loaded.metrics[-1]["step"] == 4
+    trained = weights(tmp_path)
+    assert all(torch.equal(p, trained[name]) for name, p in loaded.model.named_parameters())
+    with pytest.raises(ValueError, match="no run directory"):
+        load(tmp_path / "nothing")

@@ -71,9 +71,7 @@ class Window:
         counts |= {"domain": (L, E, sizes.domains), "token": (L, E, sizes.token_classes)}
         counts |= {"position": (L, E, sizes.position_classes)}
         values = {"importance": (L, E), "gate_mass": (L, E), "loss": (L, E)}
-        values |= {
-            name: (L,) for name in ("entropy", "logit_norm", "logsumexp", "shift1", "shift2", "pairs1", "pairs2")
-        }
+        values |= dict.fromkeys(("entropy", "logit_norm", "logsumexp", "shift1", "shift2", "pairs1", "pairs2"), (L,))
         self.sums = {name: zeros(*shape, dtype=torch.int64) for name, shape in counts.items()}
         self.sums |= {name: zeros(*shape, dtype=torch.float64) for name, shape in values.items()}
         # pending: counts of an update that is not complete yet.
@@ -112,7 +110,7 @@ class Window:
 
     def _histograms(self, view: View, selected_LTK: Tensor) -> None:
         """Joint counts of chosen expert and domain, token, position."""
-        L, T, K = selected_LTK.shape
+        L, T = selected_LTK.shape[:2]
         E, S = self.sizes.E, view.seq_len
         row_LTK = selected_LTK + E * torch.arange(L, device=selected_LTK.device)[:, None, None]
         self.sums["top1"] += count(row_LTK[:, :, 0].flatten(), L * E).view(L, E)

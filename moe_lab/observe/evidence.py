@@ -1,0 +1,174 @@
+"""What a verdict rests on: the rows of one layer, summed over enough updates to mean something.
+
+Legend: R rows, E experts. Rows are dicts as in metrics.jsonl, so that a resumed run and a finished one read alike.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_lab.observe.thresholds import DEAD, DEAD_WINDOW, HISTORY, PATIENCE, SETTLED, SWING
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One layer in one row."""
+
+    step: int
+    window: int
+    tokens: float
+    selected_E: np.ndarray
+    mass_E: np.ndarray
+    skew: float
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The facts about a layer over the last PATIENCE updates. Shares of what is possible; NaN where undefined.
+
+    skew: load CV over its ceiling, by choices or by gate mass, whichever is more even (a soft router may choose one
+    expert and weigh all alike). dead: experts with neither choices nor mass. spread: gap of the per-expert losses over
+    their mean. swing, back: how much of the load changes hands, and the part of it that does not come back.
+    """
+
+    skew: float
+    cv: float
+    dead: int
+    token_entropy: float
+    kind: str
+    told: float
+    floor: float
+    token: float
+    position: float
+    spread: float
+    swing: float
+    back: float
+    ratio: float
+    tokens: float
+
+
+class Layer:
+    """Collects the rows of one layer."""
+
+    def __init__(self, index: int, E: int, k: int, kind: str):
+        self.index, self.E, self.k, self.kind = index, E, k, kind
+        self.entries: deque[Entry] = deque()
+        self.ratio = math.nan
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        ratio = row.get("moe/router_grad_ratio")
+        if ratio is not None:
+            self.ratio = number(ratio[self.index])
+        selected_E, mass_E = (np.array(row[f"moe/{name}"][self.index], float) for name in ("selected", "gate_mass"))
+        names = ("token_entropy", "load_flutter", "load_return")
+        names += tuple(f"nmi_{x}{end}" for x in (self.kind, "token", "position") for end in ("", "_floor"))
+        values = {name: number(row[f"moe/{name}"][self.index]) for name in names}
+        losses_E = np.array([number(v) for v in row["moe/expert_loss"][self.index]])
+        values["spread"] = float((np.nanmax(losses_E) - np.nanmin(losses_E)) / row["loss"]) if row["loss"] else math.nan
+        tokens = selected_E.sum() / self.k
+        skew = share_of_ceiling(selected_E, mass_E, self.k)
+        self.entries.append(Entry(row["step"], row["window"], tokens, selected_E, mass_E, skew, values))
+        while len(self.entries) > HISTORY and self._updates(1) >= DEAD_WINDOW:
+            self.entries.popleft()
+
+    def _updates(self, skip: int) -> int:
+        return sum(entry.window for i, entry in enumerate(self.entries) if i >= skip)
+
+    def last(self, updates: int) -> list[Entry]:
+        """The newest settled rows that together hold so many updates, or all of them."""
+        found: list[Entry] = []
+        for entry in reversed(self.entries):
+            if entry.step <= SETTLED or sum(e.window for e in found) >= updates:
+                break
+            found.append(entry)
+        return found[::-1]
+
+    def evidence(self) -> Evidence | None:
+        """None while there are too few updates to judge by."""
+        rows = self.last(PATIENCE)
+        if sum(entry.window for entry in rows) < PATIENCE or len(rows) < 3:
+            return None
+        weights = np.array([entry.tokens for entry in rows])
+
+        def mean(name: str) -> float:
+            values = np.array([entry.values[name] for entry in rows])
+            known = ~np.isnan(values)
+            return float(np.average(values[known], weights=weights[known])) if known.any() else math.nan
+
+        selected_E = sum_of(rows, "selected_E")
+        swing, back = self._swing(rows)
+        return Evidence(
+            skew=share_of_ceiling(selected_E, sum_of(rows, "mass_E"), self.k),
+            cv=cv(selected_E),
+            dead=self.dead(),
+            token_entropy=mean("token_entropy"),
+            kind=self.kind,
+            told=mean(f"nmi_{self.kind}") - mean(f"nmi_{self.kind}_floor"),
+            floor=mean(f"nmi_{self.kind}_floor"),
+            token=mean("nmi_token") - mean("nmi_token_floor"),
+            position=mean("nmi_position") - mean("nmi_position_floor"),
+            spread=mean("spread"),
+            swing=swing,
+            back=back,
+            ratio=self.ratio,
+            tokens=float(weights.sum()),
+        )
+
+    def dead(self) -> int:
+        rows = self.last(DEAD_WINDOW)
+        if sum(entry.window for entry in rows) < PATIENCE:
+            return 0
+        low = [x < DEAD * x.mean() for x in (sum_of(rows, "selected_E"), sum_of(rows, "mass_E"))]
+        return int((low[0] & low[1]).sum())
+
+    def _swing(self, rows: list[Entry]) -> tuple[float, float]:
+        """The strongest to and fro: between updates inside the rows, or slower, between rows."""
+        flutter = np.array([entry.values["load_flutter"] for entry in rows])
+        returns = np.array([entry.values["load_return"] for entry in rows])
+        windows = np.array([entry.window for entry in rows])
+        known = ~(np.isnan(flutter) | np.isnan(returns))
+        best = (0.0, 1.0)
+        if known.any():
+            moved = float((flutter * windows)[known].sum() / windows[known].sum())
+            over_two = float((flutter * returns * windows)[known].sum() / windows[known].sum())
+            best = self._beyond_chance(moved, over_two, min(e.tokens / e.window for e in rows))
+        settled = [entry for entry in self.entries if entry.step > SETTLED][-HISTORY:]
+        load_RE = np.array([entry.selected_E / entry.selected_E.sum() for entry in settled])
+        shift = [np.abs(load_RE[lag:] - load_RE[:-lag]).sum(-1).mean() / 2 for lag in range(1, len(settled) // 3 + 1)]
+        for far, moved in enumerate(shift):
+            for over_more in shift[far + 1 :]:
+                found = self._beyond_chance(float(moved), float(over_more), min(e.tokens for e in settled))
+                best = min(best, found, key=lambda pair: pair[1])
+        return best
+
+    def _beyond_chance(self, moved: float, later: float, tokens: float) -> tuple[float, float]:
+        """Swing and what is left of it later, both without the sampling noise of so many tokens."""
+        floor = math.sqrt(max(self.E / self.k - 1, 0) / (math.pi * tokens))
+        signal = math.sqrt(max(moved**2 - floor**2, 0))
+        left = math.sqrt(max(later**2 - floor**2, 0))
+        return (signal, left / signal) if signal >= max(SWING, 3 * floor) else (0.0, 1.0)
+
+
+def share_of_ceiling(selected_E: np.ndarray, mass_E: np.ndarray, k: int) -> float:
+    """CV over its ceiling, 0 where there is nothing to choose."""
+    E = len(selected_E)
+    if k >= E:
+        return cv(mass_E) / math.sqrt(E - 1) if E > 1 else 0.0
+    return min(1.0, cv(selected_E) / math.sqrt(E / k - 1), cv(mass_E) / math.sqrt(E / k - 1))
+
+
+def cv(x_E: np.ndarray) -> float:
+    return float(x_E.std() / x_E.mean())
+
+
+def sum_of(rows: list[Entry], name: str) -> np.ndarray:
+    return np.sum([getattr(entry, name) for entry in rows], axis=0)
+
+
+def number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

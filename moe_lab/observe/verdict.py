@@ -1,0 +1,164 @@
+"""The verdict on each layer: a fixed rule over the metrics, with the numbers that decided it and what to try next.
+
+The rules, in order; the first that holds is the verdict (thresholds.py has the numbers and their reasons):
+  frozen                    the task's gradient does not reach the router, unless a collapse came before and explains it
+  collapsed                 few experts get nearly everything: skewed load, or many dead experts
+  oscillating               the load moves between experts and comes back
+  healthy                   the choice tells the domain (without domains: the token), and not rather the position
+  undecided                 the gate is close to uniform, or the load is uneven without meaning
+  balanced but unspecialised  even load, sure gate, and the choice tells nothing
+
+A pure function of the rows of metrics.jsonl: a resumed run feeds them again and stands where it stood.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_lab.observe import thresholds as at
+from moe_lab.observe.evidence import Evidence, Layer
+from moe_lab.observe.remedies import remedies
+
+HEALTHY, UNDECIDED, COLLAPSED = "healthy", "undecided", "collapsed"
+UNSPECIALISED, OSCILLATING, FROZEN = "balanced but unspecialised", "oscillating", "frozen"
+VERDICTS = (FROZEN, COLLAPSED, OSCILLATING, HEALTHY, UNDECIDED, UNSPECIALISED)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A layer's verdict from `step` on; since: the step at which what it says began."""
+
+    step: int
+    layer: int
+    old: str | None
+    new: str
+    since: int
+    why: str
+    remedies: list[str]
+
+
+class Judge:
+    """`see` each row in order. `changes` holds what the last row changed, `report()` where every layer stands.
+
+    config: the run's config, so that the remedies start from what it has.
+    """
+
+    def __init__(self, num_experts: int, k: int, num_domains: int, config: Mapping[str, Any] | None = None):
+        self.E, self.k, self.kind = num_experts, k, "domain" if num_domains > 1 else "token"
+        self.config = config or {}
+        self.layers: list[Standing] = []
+        self.changes: list[Change] = []
+
+    def see(self, row: Mapping[str, Any]) -> list[str | None]:
+        """The verdicts after this row, one per layer, None where it is too early."""
+        L = len(row.get("moe/selected") or [])
+        self.layers = self.layers or [Standing(Layer(i, self.E, self.k, self.kind)) for i in range(L)]
+        self.changes = []
+        for standing in self.layers:
+            old = standing.verdict
+            if standing.see(row, self.k):
+                assert standing.verdict is not None
+                tips = remedies(standing.verdict, standing.spread, self.config)
+                self.changes.append(
+                    Change(row["step"], standing.layer.index, old, standing.verdict, standing.since, standing.why, tips)
+                )
+        return [standing.verdict for standing in self.layers]
+
+    def report(self) -> list[dict[str, Any]]:
+        """For summary.json: layer, verdict, since, why, remedies, with the newest numbers."""
+        return [
+            {
+                "layer": s.layer.index,
+                "verdict": s.verdict,
+                "since": s.since if s.verdict else None,
+                "why": s.why,
+                "remedies": remedies(s.verdict, s.spread, self.config) if s.verdict else [],
+            }
+            for s in self.layers
+        ]
+
+
+class Standing:
+    """Where one layer stands, and since when."""
+
+    def __init__(self, layer: Layer):
+        self.layer = layer
+        self.verdict: str | None = None
+        self.since = 0
+        self.why = "too early to say"
+        self.spread = 0.0
+        self.candidate: str | None = None
+        self.candidate_since = self.agreed = 0
+        self.skewed_since: int | None = None
+
+    def see(self, row: Mapping[str, Any], k: int) -> bool:
+        """Take in one row; whether the verdict changed."""
+        self.layer.add(row)
+        entry = self.layer.entries[-1]
+        first = entry.step - entry.window + 1
+        skewed = entry.skew >= at.COLLAPSED.leave or self.layer.dead() >= at.DEAD_SHARE * self.layer.E
+        self.skewed_since = (self.skewed_since or first) if skewed else None
+        found = self.layer.evidence()
+        new = decide(found, self.verdict, self.layer.E, self.layer.ratio)
+        if new is None:
+            return False
+        if new == self.verdict or (self.verdict is None and new == FROZEN and found is None):
+            pass
+        self.agreed = self.agreed + 1 if new == self.candidate else 1
+        if self.agreed == 1:
+            self.candidate, self.candidate_since = new, first
+        if new == self.verdict:
+            self.why, self.spread = explain(new, found, self.layer), found.spread if found else 0.0
+            return False
+        if new != FROZEN and self.layer.E > 1 and self.agreed < at.STEADY:
+            return False
+        began = self.skewed_since if new == COLLAPSED else None
+        self.verdict, self.since = new, began or self.candidate_since
+        self.why, self.spread = explain(new, found, self.layer), found.spread if found else 0.0
+        return True
+
+
+def decide(e: Evidence | None, was: str | None, E: int, ratio: float) -> str | None:
+    """The verdict that the evidence gives by itself, with the looser thresholds for the one that stands."""
+    if E == 1:
+        return HEALTHY
+    frozen = ratio < at.FROZEN
+    if e is None:
+        return FROZEN if frozen else was
+    collapsed = e.skew >= pick(at.COLLAPSED, was == COLLAPSED) or e.dead >= at.DEAD_SHARE * E
+    if frozen and not (was == COLLAPSED and collapsed):
+        return FROZEN
+    if collapsed:
+        return COLLAPSED
+    if e.swing >= at.SWING and e.back <= pick(at.BACK, was == OSCILLATING):
+        return OSCILLATING
+    if e.told >= pick(at.SPECIALISED, was == HEALTHY) and not e.position > e.told:
+        return HEALTHY
+    if e.token_entropy >= pick(at.UNDECIDED, was == UNDECIDED) or e.skew >= pick(at.UNEVEN, was == UNDECIDED):
+        return UNDECIDED
+    return UNSPECIALISED
+
+
+def pick(threshold: at.Threshold, stands: bool) -> float:
+    return threshold.leave if stands else threshold.enter
+
+
+def explain(verdict: str, e: Evidence | None, layer: Layer) -> str:
+    """One sentence with the numbers that decided."""
+    if layer.E == 1:
+        return "one expert: nothing to route"
+    if e is None:
+        return f"router gradient {layer.ratio:.0e} of the experts' (alive above {at.FROZEN:.0e})"
+    ceiling = (layer.E / layer.k - 1) ** 0.5
+    load = f"load CV {e.cv:.2f} is {e.skew:.0%} of its ceiling {ceiling:.2f}"
+    dead = f"{e.dead} of {layer.E} experts are dead"
+    told = f"the choice tells {max(e.told, 0):.1%} of the {e.kind} beyond a chance level of {e.floor:.1%}"
+    position = f", what the experts learned is position ({e.position:.0%})" if e.position > max(e.told, 0.05) else ""
+    return {
+        FROZEN: f"router gradient {layer.ratio:.0e} of the experts' (alive above {at.FROZEN:.0e}); {load}",
+        COLLAPSED: f"{load}, {dead}",
+        OSCILLATING: f"{e.swing:.0%} of the load changes hands and only {e.back:.0%} of that stays moved",
+        HEALTHY: f"{load}, {told}" + (f", but {dead}" if e.dead else ""),
+        UNDECIDED: f"gate entropy {e.token_entropy:.2f} of 1, {told}, {load}",
+        UNSPECIALISED: f"{load}, gate entropy {e.token_entropy:.2f} of 1, but {told}{position}",
+    }[verdict]

@@ -69,8 +69,7 @@ class Run:
             signal.signal(s, handler)
         for handle in (self._metrics, self._timing):
             handle.close()
-        if error is not None:
-            self._status(_status_of(error), f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        self._status(_status_of(error), None if error is None else f"{type(error).__name__}: {error}".rstrip(": "))
         self._lock.close()
 
     def start(self, facts: Mapping[str, Any]) -> None:
@@ -103,10 +102,8 @@ class Run:
         for row in kept:
             self._timing.write(encode(row))
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """The results, then the status that says they are complete."""
-        durable.write_json(self.folder / "summary.json", summary)
-        self._status(summary["status"])
+    def summarise(self, summary: Mapping[str, Any]) -> None:
+        durable.write_json(self.folder / "summary.json", finite(summary))
 
     def _status(self, status: str, error: str | None = None) -> None:
         state = {"status": status, "step": self.step, "error": error, "attempt": self.attempt, "pid": os.getpid()}
@@ -118,7 +115,9 @@ class Run:
         self.stop_signal = signal.Signals(number).name
 
 
-def _status_of(error: BaseException) -> str:
+def _status_of(error: BaseException | None) -> str:
+    if error is None:
+        return "completed"
     if isinstance(error, Stop):
         return {3: "diverged", 75: "preempted"}.get(error.code, "failed")
     if isinstance(error, KeyboardInterrupt):

@@ -83,20 +83,21 @@ class Training:
         facts = self._facts(start)
         self.run.start(facts)
         self._open_sinks(facts)
-        status, summary = "failed", {}
+        status = "failed"
         try:
-            summary = self._steps(start)
+            self._steps(start)
             status = "completed"
         except Stop as stop:
             status = {3: "diverged", 75: "preempted"}[stop.code]
-            summary = self._summary(status)
             raise
         finally:
+            summary = self._summary(status)
+            self.run.summarise(summary)
             for sink in reversed(self.sinks):
-                sink.close(status, summary or self._summary(status))
+                sink.close(status, summary)
         return summary
 
-    def _steps(self, start: int) -> dict[str, Any]:
+    def _steps(self, start: int) -> None:
         s = self.parts.settings
         self.began = self.clock = time.monotonic()
         self.began_at = start
@@ -116,9 +117,6 @@ class Training:
                     f"stopped by {self.run.stop_signal} after step {done}; go on with: "
                     f"moe-lab train resume={self.run.folder}",
                 )
-        summary = self._summary("completed")
-        self.run.finish(summary)
-        return summary
 
     def _row(self, done: int) -> None:
         """Everything that is said about the updates since the last row."""

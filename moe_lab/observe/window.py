@@ -130,7 +130,7 @@ class Window:
         a scatter of floats on a GPU would add in any order."""
         counted_T = torch.ones_like(view.loss_T) if view.counted_T is None else view.counted_T.float()
         loss_T = torch.where(counted_T > 0, view.loss_T, 0.0)
-        loss_LE2 = chosen_LTE.transpose(1, 2) @ torch.stack([loss_T, counted_T], -1).float()
+        loss_LE2 = chosen_LTE.transpose(1, 2) @ torch.stack([loss_T, counted_T]).float().T
         self.sums["loss"] += loss_LE2[..., 0]
         self.sums["counted"] += loss_LE2[..., 1].long()
         token_sum_LED = torch.stack([c.T @ x.float() for c, x in zip(chosen_LTE, view.inputs, strict=True)])

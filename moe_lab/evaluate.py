@@ -8,19 +8,20 @@ from torch import Tensor
 
 from moe_lab import seeding
 from moe_lab.loop import Examples, Parts, contexts, draw_noise, examples, forward, perplexity, view
+from moe_lab.observe.probe import Probe
 from moe_lab.observe.recorder import Recorder
 from moe_lab.probes.liveness import gradient_ratio
 from moe_lab.schedules import Values
 
 
 class Evaluator:
-    """Evaluates the model of `parts`; its only state is the choice that the probe batch got last time."""
+    """Evaluates the model of `parts`; its only state is that of the probe: the choice its tokens got last time."""
 
     def __init__(self, parts: Parts):
         self.parts = parts
         s = parts.settings
         self.micro = s.batch_size // parts.optim.accumulate
-        self.previous: list[Tensor] = []
+        self.probe = Probe(parts.model.moes)
         self.lines = {f"eval/{name}": nats for name, nats in parts.data.ngram().items()}
 
     def __call__(self, values: Values) -> dict:
@@ -35,7 +36,9 @@ class Evaluator:
                     out, loss_T = forward(parts, batch, contexts(parts, values, hard=hard))
                     total[m] += loss_T.double().sum().cpu()
                     if hard is None:
-                        recorder.see(view(out, batch, loss_T))
+                        seen = view(out, batch, loss_T)
+                        recorder.see(seen)
+                        self.probe.see(seen)
             counted += int(batch.counted.sum())
         row = self.alive(values)
         if not counted:
@@ -45,13 +48,14 @@ class Evaluator:
         row |= {"eval/loss": loss, "eval/ppl": perplexity(loss), "eval/tokens": counted}
         if parts.model.moes:
             row |= {"eval/loss_top1": losses.get(1, loss), "eval/loss_topk": losses.get(k, loss)}
-        return row | self.lines | {f"eval/{key}": value for key, value in recorder.row(evaluation=True).items()}
+        moe = recorder.row(evaluation=True) | self.probe.row()
+        return row | self.lines | {f"eval/{key}": value for key, value in moe.items()}
 
     def state(self) -> dict[str, Tensor]:
-        return {str(layer): expert_TK for layer, expert_TK in enumerate(self.previous)}
+        return self.probe.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.previous = [state[str(layer)].to(self.parts.device) for layer in range(len(state))]
+        self.probe.load_state(state)
 
     @property
     def k(self) -> int:

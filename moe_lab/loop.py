@@ -114,14 +114,14 @@ class Loop:
         noise_by_part = [[None if t is None else t.chunk(n)[i] for t in noise] for i in range(n)]
         counted = batch.counted.sum()
         selected_LE = [torch.zeros_like(m.bias_E, dtype=torch.int64) for m in parts.model.moes]
-        for part, part_noise in zip(batch.split(n), noise_by_part, strict=True):
+        for i, (part, part_noise) in enumerate(zip(batch.split(n), noise_by_part, strict=True), 1):
             out, loss_T = forward(parts, part, contexts(parts, values, part_noise))
             task = loss_T.sum() / counted
             terms = self._terms(out, values.balance / n)
             total = task + sum(terms)
             total.backward()
             self.sums[: 2 + len(terms)] += torch.stack([task, total, *terms]).detach()
-            self.recorder.see(view(out, part, loss_T.detach()))
+            self.recorder.see(view(out, part, loss_T.detach(), closes=i == n))
             for total_E, routing in zip(selected_LE, out.routings, strict=True):
                 total_E += routing.plan.selected_E
         self._update(step)
@@ -173,7 +173,8 @@ def perplexity(nats: float) -> float:
     return math.exp(min(nats, 700.0))
 
 
-def view(out: Output, batch: Examples, loss_T: Tensor) -> View:
-    """What observers see of a forward pass."""
+def view(out: Output, batch: Examples, loss_T: Tensor, closes: bool = True) -> View:
+    """What observers see of a forward pass; `closes` with the last micro-batch of an update."""
     S = batch.inputs.shape[1]
-    return View(out.routings, out.inputs, batch.inputs.reshape(-1), batch.domain.reshape(-1), S, loss_T)
+    ids_T, domain_T, counted_T = (t.reshape(-1) for t in (batch.inputs, batch.domain, batch.counted))
+    return View(out.routings, out.inputs, ids_T, domain_T, S, loss_T, counted_T, closes)

@@ -1,0 +1,110 @@
+"""Routers from conf/router and MoE layers small enough to check by hand.
+
+Shapes: T tokens, D width, E experts, F hidden.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from moe_lab import seeding
+from moe_lab.config import build
+from moe_lab.model.moe import MoE
+from moe_lab.routing import Assignments, Context, Knobs, Plan, Router
+
+CONF = Path(__file__).parents[1] / "conf"
+AXES: dict[str, list] = {
+    "k": [1, 2],
+    "backward": ["selected", "dense"],
+    "renormalise": [True, False],
+    "noise": ["none", "gaussian", "gumbel"],
+}
+
+
+def preset(group: str, name: str, **changes: Any) -> dict[str, Any]:
+    """A preset's node, as the file says it, with changes."""
+    node = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    assert set(changes) <= set(node), f"{group}={name} has no {set(changes) - set(node)}"
+    return node | changes
+
+
+def router_cases() -> list[Any]:
+    """Every preset in conf/router under every combination of the axes that it has: a new router is picked up."""
+    cases = []
+    for file in sorted((CONF / "router").glob("*.yaml")):
+        node = preset("router", file.stem)
+        axes = {name: values for name, values in AXES.items() if name in node}
+        for values in itertools.product(*axes.values()):
+            changes = dict(zip(axes, values, strict=True))
+            label = "-".join([file.stem, *(f"{name}={value}" for name, value in changes.items())])
+            cases.append(pytest.param(node | changes, id=label))
+    return cases
+
+
+def fill(module: nn.Module, *key: int | str) -> None:
+    """Every parameter N(0, 1 / its fan-in), also those that start at zero in training."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            fan_in = p.shape[-1] if name.endswith("_ED") else p.shape[-2]
+            p.copy_(randn(*p.shape, key=(*key, name)) * fan_in**-0.5)
+
+
+def randn(*shape: int, key: tuple[int | str, ...] = ()) -> Tensor:
+    return torch.randn(shape, generator=seeding.generator("test", *key), dtype=torch.float64)
+
+
+def make_router(node: dict[str, Any], D: int, E: int, dtype: torch.dtype = torch.float64) -> Router:
+    router: Router = build("router", node, D, E)
+    fill(router, "router")
+    return router.to(dtype)
+
+
+def make_moe(
+    router: dict[str, Any], D: int, E: int, experts: str = "swiglu", dtype: torch.dtype = torch.float64, **changes: Any
+) -> MoE:
+    bank = build("experts", preset("experts", experts, num=E, **changes), D, 2)
+    moe = MoE(make_router(router, D, E), bank, 2)
+    fill(moe.experts, "experts")
+    if moe.shared is not None:
+        fill(moe.shared, "shared")
+    return moe.to(dtype)
+
+
+def context(
+    noise_TE: Tensor | None = None,
+    bias_E: Tensor | None = None,
+    temperature: float = 1.0,
+    noise: float = 1.0,
+    hard: int | None = None,
+) -> Context:
+    return Context(Knobs(torch.tensor(temperature), torch.tensor(noise)), noise_TE, bias_E, hard)
+
+
+def draw(router: Router, T: int, *key: int | str) -> Tensor | None:
+    """Noise as the loop draws it: of the router's own distribution, None where it has none."""
+    return None if router.noise == "none" else seeding.noise(router.noise, (T, router.num_experts), "test", *key)
+
+
+def dense_weights(plan: Plan) -> Tensor:
+    """Combine weights as a matrix [T, E], 0 where a token does not use an expert."""
+    if not isinstance(plan, Assignments):
+        return plan.weight_TE
+    T = plan.expert_TK.shape[0]
+    weight_TK = plan.weight_TK if plan.kept_TK is None else plan.weight_TK * plan.kept_TK
+    return weight_TK.new_zeros(T, plan.num_experts).scatter(1, plan.expert_TK, weight_TK)
+
+
+def norm(gradients: Any) -> float:
+    """Euclidean norm of a group of gradients together."""
+    return sum(float(g.double().square().sum()) for g in gradients) ** 0.5
+
+
+def grad(p: Tensor) -> Tensor:
+    """The gradient of a parameter that must have got one."""
+    assert p.grad is not None
+    return p.grad

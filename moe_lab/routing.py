@@ -158,7 +158,8 @@ class Assignments:
     def limit(self, capacity_factor: float) -> "Assignments":
         """Keep at most ceil(capacity_factor * T * K / E) rows per expert, first come first served in token order."""
         T, K = self.expert_TK.shape
-        capacity = math.ceil(capacity_factor * T * K / self.num_experts)
+        # 1.1 * 100 / 10 is a hair above 11 in floating point, and would grant a twelfth row.
+        capacity = math.ceil(capacity_factor * T * K / self.num_experts - 1e-6)
         _, inverse_N, counts_E = self._order
         first_E = counts_E.cumsum(0) - counts_E
         rank_N = inverse_N - first_E[self.expert_TK.reshape(-1)]

@@ -214,8 +214,7 @@ class Mixture:
 
 
 def _hardened(expert_TK: Tensor, weight_TK: Tensor, all_TX: Tensor, num_experts: int) -> Assignments:
-    share_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-    return Assignments(expert_TK, share_TK * all_TX.sum(-1, keepdim=True), num_experts)
+    return Assignments(expert_TK, shares(weight_TK) * all_TX.sum(-1, keepdim=True), num_experts)
 
 
 Plan = Assignments | Mixture
@@ -236,6 +235,11 @@ class Routing:
     noisy_TE: Tensor | None = None
     noise_std_TE: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def shares(weight_TK: Tensor) -> Tensor:
+    """Weights over their row sum; rows below 1e-20 (sigmoids of logits under -46) fade to 0, not to 0 / 0."""
+    return weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
 def count(index_N: Tensor, size: int) -> Tensor:
@@ -286,7 +290,7 @@ class Router(nn.Module):
         expert_TK = rank_TE.topk(self.k, -1).indices
         weight_TK = gates_TE.gather(1, expert_TK)
         if renormalise:
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+            weight_TK = shares(weight_TK)
         return Assignments(expert_TK, weight_TK, self.num_experts)
 
     def directions_ED(self) -> Tensor | None:

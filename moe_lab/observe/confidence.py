@@ -26,7 +26,7 @@ declare(
 
 
 def gate_entropy(probs: Tensor) -> Tensor:
-    """Nats of each gate, [..., E] -> [...]; 0 log 0 = 0. For values only. On a CPU entr would take four times as long."""
+    """Nats of each gate, [..., E] -> [...]; 0 log 0 = 0. Four times as fast as entr on a CPU."""
     return -(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 

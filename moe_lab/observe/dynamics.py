@@ -30,7 +30,8 @@ declare(
     span=("0", "1"),
     balanced="0",
     collapsed="0, once it stays with the same experts",
-    floor="sqrt((E/k - 1) / (pi T)), T = tokens in each of the two windows",
+    floor="sqrt((E/k - 1) / (pi T)), T = tokens in each of the two windows; load_flutter_floor / sqrt(window) if "
+    "choices depend on the sequence",
     floor_at=shift_floor,
     worst="max",
     source="total variation distance",
@@ -46,21 +47,31 @@ declare(
     floor="sqrt((E/k - 1) / (pi T)), T = tokens of an update",
     floor_at=shift_floor,
     worst="max",
-    reads="The share of the load that changes hands from update to update; batches of few sequences raise it too.",
+    reads="The share of the load that changes hands from update to update; read it against load_flutter_floor.",
 )
 declare(
-    "load_return",
+    "load_flutter_floor",
     TOPIC,
-    "load_flutter over two updates (q' = the load of the update before the last) / load_flutter",
-    span=("0", "2"),
-    balanced="1: independent from update to update; 2: a steady drift",
-    collapsed="any",
-    floor="1",
-    floor_at=lambda T, E, k: 1.0,
-    worst="min",
-    reads="Near 0 the load swings to and fro between updates, as under a selection bias that moves too fast. "
-    "Read it only where load_flutter is well above its floor.",
+    "sqrt(2 I / (pi B)); I = information between choice and sequence inside an update of B sequences, nats",
+    span=("0", "inf"),
+    balanced="sqrt((E/k - 1) / (pi T)) if choices do not depend on the sequence",
+    collapsed="0",
+    floor="see balanced",
+    floor_at=shift_floor,
+    reads="What load_flutter would be if only the sequences changed from update to update. Beyond it the router moved.",
 )
+
+
+def flutter_floor(within_L: Tensor, sequences: float) -> Tensor:
+    """Plug-in information between choice and sequence inside an update, nats [L], and sequences per update -> [L].
+
+    2 I is the mean chi-square distance of a sequence's load from the update's; the mean of B such loads varies B
+    times less, and the mean difference of two normals of variance v is 2 sqrt(v / pi). NaN for one sequence.
+    """
+    unbiased_L = within_L * sequences / (sequences - 1) if sequences > 1 else within_L * math.nan
+    return (2 * unbiased_L.clamp_min(0) / (math.pi * sequences)).sqrt()
+
+
 declare(
     "churn",
     TOPIC,

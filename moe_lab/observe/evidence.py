@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_lab.observe.thresholds import DEAD, DEAD_WINDOW, HISTORY, PATIENCE, SETTLED, SWING
+from moe_lab.observe.thresholds import CHANCE, DEAD, DEAD_WINDOW, HISTORY, PATIENCE, SETTLED, SWING
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Evidence:
 
     skew: load CV over its ceiling, by choices or by gate mass, whichever is more even (a soft router may choose one
     expert and weigh all alike). dead: experts with neither choices nor mass. spread: gap of the per-expert losses over
-    their mean. swing, back: how much of the load changes hands, and the part of it that does not come back.
+    the task loss. flutter, chance: share of the load that changes hands from update to update, and what differences
+    between the batches explain. swing, back: the same between rows, and the part of it that does not come back.
     """
 
     skew: float
@@ -46,6 +47,8 @@ class Evidence:
     token: float
     position: float
     spread: float
+    flutter: float
+    chance: float
     swing: float
     back: float
     ratio: float
@@ -60,12 +63,13 @@ class Layer:
         self.entries: deque[Entry] = deque()
         self.ratio = math.nan
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: Mapping[str, Any]) -> Entry:
+        """Take in this layer's part of a row."""
         ratio = row.get("moe/router_grad_ratio")
         if ratio is not None:
             self.ratio = number(ratio[self.index])
         selected_E, mass_E = (np.array(row[f"moe/{name}"][self.index], float) for name in ("selected", "gate_mass"))
-        names = ("token_entropy", "load_flutter", "load_return")
+        names = ("token_entropy", "load_flutter", "load_flutter_floor")
         names += tuple(f"nmi_{x}{end}" for x in (self.kind, "token", "position") for end in ("", "_floor"))
         values = {name: number(row[f"moe/{name}"][self.index]) for name in names}
         losses_E = np.array([number(v) for v in row["moe/expert_loss"][self.index]])
@@ -75,6 +79,7 @@ class Layer:
         self.entries.append(Entry(row["step"], row["window"], tokens, selected_E, mass_E, skew, values))
         while len(self.entries) > HISTORY and self._updates(1) >= DEAD_WINDOW:
             self.entries.popleft()
+        return self.entries[-1]
 
     def _updates(self, skip: int) -> int:
         return sum(entry.window for i, entry in enumerate(self.entries) if i >= skip)
@@ -101,7 +106,8 @@ class Layer:
             return float(np.average(values[known], weights=weights[known])) if known.any() else math.nan
 
         selected_E = sum_of(rows, "selected_E")
-        swing, back = self._swing(rows)
+        flutter, chance = self._flutter(rows)
+        swing, back = self._swing()
         return Evidence(
             skew=share_of_ceiling(selected_E, sum_of(rows, "mass_E"), self.k),
             cv=cv(selected_E),
@@ -113,6 +119,8 @@ class Layer:
             token=mean("nmi_token") - mean("nmi_token_floor"),
             position=mean("nmi_position") - mean("nmi_position_floor"),
             spread=mean("spread"),
+            flutter=flutter,
+            chance=chance,
             swing=swing,
             back=back,
             ratio=self.ratio,
@@ -126,32 +134,37 @@ class Layer:
         low = [x < DEAD * x.mean() for x in (sum_of(rows, "selected_E"), sum_of(rows, "mass_E"))]
         return int((low[0] & low[1]).sum())
 
-    def _swing(self, rows: list[Entry]) -> tuple[float, float]:
-        """The strongest to and fro: between updates inside the rows, or slower, between rows."""
-        flutter = np.array([entry.values["load_flutter"] for entry in rows])
-        returns = np.array([entry.values["load_return"] for entry in rows])
-        windows = np.array([entry.window for entry in rows])
-        known = ~(np.isnan(flutter) | np.isnan(returns))
-        best = (0.0, 1.0)
-        if known.any():
-            moved = float((flutter * windows)[known].sum() / windows[known].sum())
-            over_two = float((flutter * returns * windows)[known].sum() / windows[known].sum())
-            best = self._beyond_chance(moved, over_two, min(e.tokens / e.window for e in rows))
+    def _flutter(self, rows: list[Entry]) -> tuple[float, float]:
+        """Mean share of the load that changes hands between updates, and what the batches explain of it."""
+        seen = [(e.values["load_flutter"], self._chance(e) * math.sqrt(e.window), e.window) for e in rows]
+        seen = [triple for triple in seen if not math.isnan(triple[0])]
+        if not seen:
+            return 0.0, 0.0
+        moved, chance, weights = (np.array(column) for column in zip(*seen, strict=True))
+        return float(np.average(moved, weights=weights)), float(np.average(chance, weights=weights))
+
+    def _swing(self) -> tuple[float, float]:
+        """A slow swing: how much of the load changes hands between rows, and the part of it that stays away.
+
+        The load some rows later against the load more rows later: if it went away and came back, the second is nearer.
+        """
         settled = [entry for entry in self.entries if entry.step > SETTLED][-HISTORY:]
         load_RE = np.array([entry.selected_E / entry.selected_E.sum() for entry in settled])
-        shift = [np.abs(load_RE[lag:] - load_RE[:-lag]).sum(-1).mean() / 2 for lag in range(1, len(settled) // 3 + 1)]
-        for far, moved in enumerate(shift):
-            for over_more in shift[far + 1 :]:
-                found = self._beyond_chance(float(moved), float(over_more), min(e.tokens for e in settled))
-                best = min(best, found, key=lambda pair: pair[1])
+        chance = float(np.mean([self._chance(entry) for entry in settled]))
+        lags = range(1, len(settled) // 3 + 1)
+        square = [float((np.abs(load_RE[lag:] - load_RE[:-lag]).sum(-1) / 2).mean()) ** 2 - chance**2 for lag in lags]
+        shift = np.sqrt(np.maximum(square, 0))
+        best = (0.0, 1.0)
+        for near, moved in enumerate(shift):
+            if moved >= max(SWING, CHANCE * chance) and near + 1 < len(shift):
+                best = min(best, (float(moved), float(shift[near + 1 :].min() / moved)), key=lambda pair: pair[1])
         return best
 
-    def _beyond_chance(self, moved: float, later: float, tokens: float) -> tuple[float, float]:
-        """Swing and what is left of it later, both without the sampling noise of so many tokens."""
-        floor = math.sqrt(max(self.E / self.k - 1, 0) / (math.pi * tokens))
-        signal = math.sqrt(max(moved**2 - floor**2, 0))
-        left = math.sqrt(max(later**2 - floor**2, 0))
-        return (signal, left / signal) if signal >= max(SWING, 3 * floor) else (0.0, 1.0)
+    def _chance(self, entry: Entry) -> float:
+        """Shift between two rows of this size that the sequences in them explain."""
+        known = entry.values["load_flutter_floor"]
+        random = math.sqrt(max(self.E / self.k - 1, 0) / (math.pi * entry.tokens))
+        return random if math.isnan(known) else known / math.sqrt(entry.window)
 
 
 def share_of_ceiling(selected_E: np.ndarray, mass_E: np.ndarray, k: int) -> float:

@@ -48,7 +48,7 @@ class Recorder:
             return {}
         sums, sizes = self.window.sums, self.window.sizes
         found = {**self._load(sums, sizes.k), **self._gate(sums, self.window.tokens, sizes.E)}
-        found |= self._known(sums, sizes.k)
+        found |= self._known(self.window)
         found |= self._geometry()
         if not evaluation:
             found |= self._dynamics(sums)
@@ -85,11 +85,17 @@ class Recorder:
             "logsumexp": sums["logsumexp"] / tokens,
         }
 
-    def _known(self, sums: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    def _known(self, window: Window) -> dict[str, Tensor]:
+        """Specialisation, and how much of it, and of the movement between updates, a few sequences explain."""
+        in_window_L, in_update_L = window.sequence_information()
         found = {}
         for name in ("domain", "token", "position"):
-            nmi_L, floor_L = specialisation.normalised_mutual_information(sums[name], k)
-            found |= {f"nmi_{name}": nmi_L, f"nmi_{name}_floor": floor_L}
+            joint = specialisation.Joint(window.sums[name], window.sizes.k)
+            found[f"nmi_{name}"] = joint.nmi()
+            found[f"nmi_{name}_floor"] = joint.floor()
+            if name == "domain":
+                found["nmi_domain_floor"] = joint.floor_by_sequence(in_window_L, window.sequences)
+        found["load_flutter_floor"] = dynamics.flutter_floor(in_update_L, window.sequences / max(window.updates, 1))
         return found
 
     def _geometry(self) -> dict[str, Tensor]:
@@ -109,9 +115,8 @@ class Recorder:
         return dict(zip(names, torch.stack(layers, -1), strict=True))
 
     def _dynamics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        shift1_L, shift2_L = (sums[f"shift{lag}"] / sums[f"pairs{lag}"] for lag in (1, 2))  # 0 / 0 is NaN: too early
-        found = {"load_flutter": shift1_L, "load_return": shift2_L / shift1_L}
-        unknown_L = torch.full_like(shift1_L, math.nan)
+        found = {"load_flutter": sums["flutter"] / sums["pairs"]}  # 0 / 0 is NaN: no update before
+        unknown_L = torch.full_like(sums["flutter"], math.nan)
         before = self.before_LE
         found["load_shift"] = unknown_L if before is None else dynamics.total_variation(sums["selected"], before)
         return found
@@ -129,7 +134,7 @@ class Recorder:
             return {}
         held = {f"sums.{name}": t for name, t in self.window.sums.items()}
         held |= {f"running.{name}": t for name, t in self.window.running.items()}
-        held["size"] = torch.tensor([self.window.tokens, self.window.updates])
+        held["size"] = torch.tensor([self.window.tokens, self.window.sequences, self.window.updates])
         if self.before_LE is not None:
             held["before"] = self.before_LE
             held["recent.updates"] = torch.tensor([n for n, _ in self.recent])
@@ -143,7 +148,7 @@ class Recorder:
         for part, held in (("sums", self.window.sums), ("running", self.window.running)):
             for name, t in held.items():
                 t.copy_(state[f"{part}.{name}"])
-        self.window.tokens, self.window.updates = state["size"].tolist()
+        self.window.tokens, self.window.sequences, self.window.updates = state["size"].tolist()
         device = self.window.sums["selected"].device
         if "before" in state:
             self.before_LE = state["before"].to(device)

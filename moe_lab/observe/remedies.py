@@ -1,5 +1,92 @@
+"""What to try next: overrides that differ from the run's own config, each with a word why."""
+
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moe_lab.observe.thresholds import SPREAD
 
-def remedies(verdict: str, spread: float, config: Any) -> list[str]:
+
+def remedies(verdict: str, spread: float, dead: int, config: Mapping[str, Any]) -> list[str]:
+    """Overrides for `moe-lab train`, most promising first.
+
+    spread: gap between the per-expert losses over the loss. config: the run's, {} takes the defaults.
+    """
+    if verdict == "collapsed" or (verdict == "healthy" and dead):
+        return [*push(config, 10), *sample(config), *soften(config)]
+    if verdict == "frozen":
+        return [*connect(config), "router=switch (the output is scaled by its probability, which trains the router)"]
+    if verdict == "oscillating":
+        return [*push(config, 0.1), *slow(config)]
+    if verdict == "undecided":
+        return [*harden(config), *push(config, 0.1), *longer(config)]
+    if verdict == "balanced but unspecialised":
+        reason = f": the experts' losses differ by {spread:.0%}" if spread >= SPREAD else ""
+        return [*sample(config, reason), *push(config, 0.1), *longer(config)]
     return []
+
+
+def push(config: Mapping[str, Any], factor: float) -> Iterator[str]:
+    """A stronger (factor > 1) or weaker balance."""
+    balance = config.get("balance") or {}
+    how = "larger" if factor > 1 else "smaller"
+    weights = [name for name in ("switch", "importance", "load", "entropy") if (balance.get(name) or {}).get("weight")]
+    for name in weights:
+        yield f"balance.{name}.weight={balance[name]['weight'] * factor:g} (a {how} balance weight)"
+    if "loss_free" in balance:
+        yield f"balance.loss_free.rate={balance['loss_free']['rate'] * factor:g} (a {how} step of the selection bias)"
+    if factor > 1 and not weights and "loss_free" not in balance:
+        yield f"balance=[{','.join([n for n in balance if n != 'switch'] + ['switch'])}] (a balance loss)"
+
+
+def sample(config: Mapping[str, Any], reason: str = "") -> Iterator[str]:
+    """Noise, so that tokens try experts that the router would not pick."""
+    router = config.get("router") or {}
+    name = router.get("name")
+    if router.get("noise") == "none":
+        yield f"router.noise=gumbel (noise{reason or ': every expert is tried'})"
+    elif name == "softmax_ste":
+        yield f"router=gumbel_ste (noise{reason or ': every expert is tried'})"
+    elif name == "dense":
+        yield f"router=gumbel_softmax (noise{reason or ': every expert is tried'})"
+    else:
+        yield f"schedule.noise={2 * level(config, 'noise'):g} (more noise{reason})"
+
+
+def soften(config: Mapping[str, Any]) -> Iterator[str]:
+    yield f"schedule.temperature={2 * level(config, 'temperature'):g} (a higher temperature)"
+
+
+def harden(config: Mapping[str, Any]) -> Iterator[str]:
+    """Let the gate decide towards the end."""
+    if ((config.get("schedule") or {}).get("temperature") or {}).get("end") is None:
+        yield "schedule=anneal (soft and noisy first, hard and quiet later)"
+    else:
+        yield f"schedule.temperature.end={level(config, 'temperature', 'end') / 2:g} (a lower temperature at the end)"
+
+
+def longer(config: Mapping[str, Any]) -> Iterator[str]:
+    if config.get("steps"):
+        yield f"steps={2 * config['steps']} (more time to specialise)"
+
+
+def slow(config: Mapping[str, Any]) -> Iterator[str]:
+    lr = (config.get("optim") or {}).get("lr")
+    if lr:
+        yield f"optim.lr={lr / 3:g} (smaller steps)"
+
+
+def connect(config: Mapping[str, Any]) -> Iterator[str]:
+    """Give the task a way to the router."""
+    router = config.get("router") or {}
+    if router.get("k") == 1 and router.get("renormalise"):
+        yield "router.renormalise=false (a renormalised top-1 weight is always 1)"
+    if router.get("k") == 1 and router.get("name") != "switch":
+        yield "router.k=2 (two weights can trade against each other)"
+    yield from soften(config)
+
+
+def level(config: Mapping[str, Any], knob: str, end: str = "start") -> float:
+    """A schedule's value as configured; a schedule may be a bare number."""
+    node = (config.get("schedule") or {}).get(knob, 1.0)
+    value = node.get(end) if isinstance(node, Mapping) else node
+    return 1.0 if value is None else float(value)

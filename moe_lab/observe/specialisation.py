@@ -16,36 +16,48 @@ _NMI = "I(e; x) / min(H(e), H(x)) from the window's joint counts of (chosen expe
 _FLOOR = "(C - 1)(A - k) / (2 N) / min(H(e), H(x)); N choices, A experts and C classes that occur"
 
 
-def nmi_floor(T: int, E: int, k: int, C: int, norm: float) -> float:
-    """Expected plug-in information of independent choices (Miller 1955, for k distinct picks per token) over norm."""
-    return (C - 1) * (E - k) / (2 * T * k) / norm
+class Joint:
+    """Counts of (chosen expert, class) [L, E, C], with what follows from them; k distinct choices per token."""
 
+    def __init__(self, joint_LEC: Tensor, k: int):
+        p_LEC = joint_LEC.double() / joint_LEC.sum((-2, -1), keepdim=True)
+        expert_LE, class_LC = p_LEC.sum(-1), p_LEC.sum(-2)
+        self.h_expert_L, self.h_class_L = _entropy(expert_LE), _entropy(class_LC)
+        self.information_L = (self.h_expert_L + self.h_class_L - _entropy(p_LEC.flatten(1))).clamp_min(0)
+        self.experts_L, self.classes_L = (expert_LE > 0).sum(-1), (class_LC > 0).sum(-1)
+        self.choices_L, self.k = joint_LEC.sum((-2, -1)).double(), k
 
-def normalised_mutual_information(joint_LEC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Counts [L, E, C] -> (nmi [L], its sampling floor [L]).
+    def normalise(self, nats_L: Tensor) -> Tensor:
+        """By the smaller entropy, so that 1 means that one determines the other. 0 where all choices fell on one
+        expert (it tells nothing), NaN where only one class occurs (there is nothing to tell)."""
+        share_L = (nats_L / torch.minimum(self.h_expert_L, self.h_class_L)).clamp_max(1)
+        return torch.where(self.h_class_L > 0, torch.where(self.h_expert_L > 0, share_L, 0.0), torch.nan)
 
-    Normalised by the smaller entropy, so that 1 means that one determines the other. 0 where all choices fell on one
-    expert (it tells nothing), NaN where only one class occurs (there is nothing to tell). Choices within a sequence
-    are not independent, so the true floor of small windows is higher.
-    """
-    p_LEC = joint_LEC.double() / joint_LEC.sum((-2, -1), keepdim=True)
-    expert_LE, class_LC = p_LEC.sum(-1), p_LEC.sum(-2)
-    h_expert_L, h_class_L = _entropy(expert_LE), _entropy(class_LC)
-    information_L = (h_expert_L + h_class_L - _entropy(p_LEC.flatten(1))).clamp_min(0)
-    norm_L = torch.minimum(h_expert_L, h_class_L)
-    experts_L, classes_L = (expert_LE > 0).sum(-1), (class_LC > 0).sum(-1)
-    choices_L = joint_LEC.sum((-2, -1)).double()
-    bias_L = (classes_L - 1) * (experts_L - k).clamp_min(0) / (2 * choices_L)
+    def nmi(self) -> Tensor:
+        return self.normalise(self.information_L)
 
-    def normalise(nats_L: Tensor) -> Tensor:
-        told_L = torch.where(h_expert_L > 0, (nats_L / norm_L).clamp_max(1), 0.0)
-        return torch.where(h_class_L > 0, told_L, torch.nan)
+    def floor(self) -> Tensor:
+        """Mean of `nmi` when every choice is made at random (Miller 1955, for k distinct choices per token)."""
+        free_L = (self.classes_L - 1) * (self.experts_L - self.k).clamp_min(0)
+        return self.normalise(free_L / (2 * self.choices_L))
 
-    return normalise(information_L), normalise(bias_L)
+    def floor_by_sequence(self, information_L: Tensor, sequences: int) -> Tensor:
+        """Mean of `nmi` when whole sequences get a random class: the classes' share of what tells sequences apart.
+
+        information_L: nats between choice and sequence. Tokens of one sequence choose alike, so a few sequences per
+        class tell the class by accident; for random choices this is `floor`.
+        """
+        share_L = ((self.classes_L - 1) / max(sequences - 1, 1)).clamp_max(1)
+        return self.normalise(information_L * share_L)
 
 
 def _entropy(p: Tensor) -> Tensor:
     return torch.special.entr(p).sum(-1)
+
+
+def n_log_n(n: Tensor) -> Tensor:
+    """n ln n with 0 ln 0 = 0, fp64."""
+    return torch.xlogy(n.double(), n.double())
 
 
 for _x, _what, _reads in (
@@ -79,12 +91,13 @@ for _x, _what, _reads in (
     declare(
         f"nmi_{_x}_floor",
         TOPIC,
-        _FLOOR,
+        _FLOOR if _x != "domain" else "I(e; sequence) (C - 1) / (B - 1) / min(H(e), H(x)); B sequences, C domains",
         span=("0", "1"),
-        balanced="falls as 1/N",
+        balanced="falls as 1 over the size of the window",
         collapsed="0",
-        source="Miller 1955; (A - k) where each token makes k distinct choices",
-        reads=f"What nmi_{_x} shows if choice and x are independent: only the part above it is signal.",
+        source="Miller 1955; (A - k) for k distinct choices" if _x != "domain" else "ours",
+        reads=f"What nmi_{_x} shows by accident: only the part above it is signal."
+        + (" Tokens of a sequence choose alike, so it shrinks with sequences, not tokens." * (_x == "domain")),
     )
 
 declare(

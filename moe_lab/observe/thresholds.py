@@ -28,6 +28,7 @@ UNDECIDED = Threshold(0.9, 0.85)
 # Normalised mutual information beyond its floor: the part of the domain (or of the choice) that one tells of the other.
 SPECIALISED = Threshold(0.05, 0.04)
 SWING = 0.1  # share of the load that changes hands, beyond chance, below which a swing does not matter
+CHANCE = 2.5  # times what differences between the batches explain, from which a movement is the router's
 # Part of a swing that is still there later: 1 for independent windows, more for a drift, 0 for a perfect return.
 BACK = Threshold(0.4, 0.6)
 HISTORY = 48  # rows in which a slow swing is looked for; its period may be a third of them

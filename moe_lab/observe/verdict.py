@@ -32,7 +32,7 @@ class Change:
     layer: int
     old: str | None
     new: str
-    since: int
+    since: int | None
     why: str
     remedies: list[str]
 
@@ -56,26 +56,15 @@ class Judge:
         self.changes = []
         for standing in self.layers:
             old = standing.verdict
-            if standing.see(row, self.k):
-                assert standing.verdict is not None
-                tips = remedies(standing.verdict, standing.spread, self.config)
-                self.changes.append(
-                    Change(row["step"], standing.layer.index, old, standing.verdict, standing.since, standing.why, tips)
-                )
+            standing.see(row)
+            if standing.verdict is not None and standing.verdict != old:
+                told = standing.report(self.config)
+                self.changes.append(Change(row["step"], old=old, new=told.pop("verdict"), **told))
         return [standing.verdict for standing in self.layers]
 
     def report(self) -> list[dict[str, Any]]:
         """For summary.json: layer, verdict, since, why, remedies, with the newest numbers."""
-        return [
-            {
-                "layer": s.layer.index,
-                "verdict": s.verdict,
-                "since": s.since if s.verdict else None,
-                "why": s.why,
-                "remedies": remedies(s.verdict, s.spread, self.config) if s.verdict else [],
-            }
-            for s in self.layers
-        ]
+        return [standing.report(self.config) for standing in self.layers]
 
 
 class Standing:
@@ -84,38 +73,35 @@ class Standing:
     def __init__(self, layer: Layer):
         self.layer = layer
         self.verdict: str | None = None
-        self.since = 0
-        self.why = "too early to say"
-        self.spread = 0.0
-        self.candidate: str | None = None
+        self.since: int | None = None
+        self.evidence: Evidence | None = None
+        self.candidate: str | None = None  # what the last `agreed` rows say, from the step `candidate_since`
         self.candidate_since = self.agreed = 0
-        self.skewed_since: int | None = None
+        self.skewed_since: int | None = None  # start of the unbroken rows that look collapsed
 
-    def see(self, row: Mapping[str, Any], k: int) -> bool:
-        """Take in one row; whether the verdict changed."""
-        self.layer.add(row)
-        entry = self.layer.entries[-1]
+    def see(self, row: Mapping[str, Any]) -> None:
+        """Take in one row. A new verdict must hold for STEADY rows; a frozen router is a fact at once."""
+        entry = self.layer.add(row)
         first = entry.step - entry.window + 1
         skewed = entry.skew >= at.COLLAPSED.leave or self.layer.dead() >= at.DEAD_SHARE * self.layer.E
         self.skewed_since = (self.skewed_since or first) if skewed else None
-        found = self.layer.evidence()
-        new = decide(found, self.verdict, self.layer.E, self.layer.ratio)
-        if new is None:
-            return False
-        if new == self.verdict or (self.verdict is None and new == FROZEN and found is None):
-            pass
-        self.agreed = self.agreed + 1 if new == self.candidate else 1
-        if self.agreed == 1:
-            self.candidate, self.candidate_since = new, first
-        if new == self.verdict:
-            self.why, self.spread = explain(new, found, self.layer), found.spread if found else 0.0
-            return False
-        if new != FROZEN and self.layer.E > 1 and self.agreed < at.STEADY:
-            return False
-        began = self.skewed_since if new == COLLAPSED else None
-        self.verdict, self.since = new, began or self.candidate_since
-        self.why, self.spread = explain(new, found, self.layer), found.spread if found else 0.0
-        return True
+        self.evidence = self.layer.evidence()
+        new = decide(self.evidence, self.verdict, self.layer.E, self.layer.ratio)
+        if new != self.candidate:
+            self.candidate, self.candidate_since, self.agreed = new, first, 0
+        self.agreed += 1
+        certain = new == FROZEN or self.layer.E == 1
+        if new is not None and new != self.verdict and (certain or self.agreed >= at.STEADY):
+            self.verdict = new
+            self.since = self.skewed_since if new == COLLAPSED and self.skewed_since else self.candidate_since
+
+    def report(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        verdict, e = self.verdict, self.evidence
+        found = {"layer": self.layer.index, "verdict": verdict, "since": self.since}
+        if verdict is None:
+            return found | {"why": "too early to say", "remedies": []}
+        tips = remedies(verdict, e.spread if e else 0.0, e.dead if e else 0, config)
+        return found | {"why": explain(verdict, e, self.layer), "remedies": tips}
 
 
 def decide(e: Evidence | None, was: str | None, E: int, ratio: float) -> str | None:
@@ -130,13 +116,18 @@ def decide(e: Evidence | None, was: str | None, E: int, ratio: float) -> str | N
         return FROZEN
     if collapsed:
         return COLLAPSED
-    if e.swing >= at.SWING and e.back <= pick(at.BACK, was == OSCILLATING):
+    if flutters(e) or (e.swing >= at.SWING and e.back <= pick(at.BACK, was == OSCILLATING)):
         return OSCILLATING
     if e.told >= pick(at.SPECIALISED, was == HEALTHY) and not e.position > e.told:
         return HEALTHY
     if e.token_entropy >= pick(at.UNDECIDED, was == UNDECIDED) or e.skew >= pick(at.UNEVEN, was == UNDECIDED):
         return UNDECIDED
     return UNSPECIALISED
+
+
+def flutters(e: Evidence) -> bool:
+    """Load changes hands from update to update, for so long that it must have come back, and the data is not why."""
+    return e.flutter >= max(at.SWING, at.CHANCE * e.chance)
 
 
 def pick(threshold: at.Threshold, stands: bool) -> float:
@@ -157,7 +148,9 @@ def explain(verdict: str, e: Evidence | None, layer: Layer) -> str:
     return {
         FROZEN: f"router gradient {layer.ratio:.0e} of the experts' (alive above {at.FROZEN:.0e}); {load}",
         COLLAPSED: f"{load}, {dead}",
-        OSCILLATING: f"{e.swing:.0%} of the load changes hands and only {e.back:.0%} of that stays moved",
+        OSCILLATING: f"{e.flutter:.0%} of the load changes hands from update to update ({e.chance:.0%} by chance)"
+        if flutters(e)
+        else f"{e.swing:.0%} of the load moves between experts and {1 - e.back:.0%} of that comes back",
         HEALTHY: f"{load}, {told}" + (f", but {dead}" if e.dead else ""),
         UNDECIDED: f"gate entropy {e.token_entropy:.2f} of 1, {told}, {load}",
         UNSPECIALISED: f"{load}, gate entropy {e.token_entropy:.2f} of 1, but {told}{position}",

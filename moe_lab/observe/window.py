@@ -4,6 +4,7 @@ Shapes: L layers, T tokens of a micro-batch, E experts, K chosen per token, D wi
 classes, C domains.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from moe_lab.observe.confidence import gate_entropy
 from moe_lab.observe.dynamics import total_variation
-from moe_lab.observe.specialisation import POSITION_CLASSES, TOKEN_CLASSES
+from moe_lab.observe.specialisation import POSITION_CLASSES, TOKEN_CLASSES, n_log_n
 from moe_lab.routing import Routing, count
 
 MEMORY = 0.99  # of the running centroids, per update: half of it is gone after 69 updates
@@ -57,11 +58,11 @@ class Sizes:
 
 
 class Window:
-    """`sums` start again with each window; `running` go on: centroids, and the loads of the last two updates."""
+    """`sums` start again with each window; `running` go on: centroids, and the load of the last update."""
 
     def __init__(self, sizes: Sizes, device: torch.device):
         self.sizes = sizes
-        self.tokens = self.updates = 0  # of the window
+        self.tokens = self.sequences = self.updates = 0  # of the window
         L, E = sizes.L, sizes.E
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -71,16 +72,18 @@ class Window:
         counts |= {"domain": (L, E, sizes.domains), "token": (L, E, sizes.token_classes)}
         counts |= {"position": (L, E, sizes.position_classes)}
         values = {"importance": (L, E), "gate_mass": (L, E), "loss": (L, E)}
-        values |= dict.fromkeys(("entropy", "logit_norm", "logsumexp", "shift1", "shift2", "pairs1", "pairs2"), (L,))
+        values |= dict.fromkeys(
+            ("entropy", "logit_norm", "logsumexp", "flutter", "pairs", "by_sequence", "by_update"), (L,)
+        )
         self.sums = {name: zeros(*shape, dtype=torch.int64) for name, shape in counts.items()}
         self.sums |= {name: zeros(*shape, dtype=torch.float64) for name, shape in values.items()}
         # pending: counts of an update that is not complete yet.
         self.running = {"pending": zeros(L, E, dtype=torch.int64)}
-        self.running |= {name: zeros(L, E, dtype=torch.float64) for name in ("before1", "before2", "centroid_count")}
+        self.running |= {name: zeros(L, E, dtype=torch.float64) for name in ("before", "centroid_count")}
         self.running |= {"centroid_sum": zeros(L, E, sizes.D, dtype=torch.float64)}
 
     def reset(self) -> None:
-        self.tokens = self.updates = 0
+        self.tokens = self.sequences = self.updates = 0
         for total in self.sums.values():
             total.zero_()
 
@@ -94,6 +97,7 @@ class Window:
         logits_LTE = torch.stack([r.logits_TE for r in routings])
         probs_LTE = torch.stack([r.probs_TE for r in routings])
         self.tokens += T
+        self.sequences += T // view.seq_len
         sums["selected"] += selected_LE
         sums["kept"] += torch.stack([r.plan.kept_E for r in routings])
         sums["importance"] += probs_LTE.sum(1)
@@ -114,6 +118,9 @@ class Window:
         E, S = self.sizes.E, view.seq_len
         row_LTK = selected_LTK + E * torch.arange(L, device=selected_LTK.device)[:, None, None]
         self.sums["top1"] += count(row_LTK[:, :, 0].flatten(), L * E).view(L, E)
+        sequence_T = torch.arange(T, device=selected_LTK.device) // S
+        by_sequence_N = (row_LTK * (T // S) + sequence_T[None, :, None]).flatten()
+        self.sums["by_sequence"] += n_log_n(count(by_sequence_N, L * E * (T // S))).view(L, -1).sum(-1)
         place_T = torch.arange(T, device=selected_LTK.device) % S
         known = {
             "domain": view.domain_T,
@@ -138,16 +145,29 @@ class Window:
         self.running["centroid_count"] += chosen_LTE.sum(1)
 
     def _close(self) -> None:
-        """End of an update: its load against the two before it, and a little less weight for old centroids."""
+        """End of an update: its load against the one before, and a little less weight for old centroids."""
         sums, running = self.sums, self.running
         self.updates += 1
-        for lag in ("1", "2"):
-            known_L = running[f"before{lag}"].sum(-1) > 0
-            shift_L = total_variation(running["pending"], running[f"before{lag}"])
-            sums[f"shift{lag}"] += torch.where(known_L, shift_L, 0.0)
-            sums[f"pairs{lag}"] += known_L
-        running["before2"].copy_(running["before1"])
-        running["before1"].copy_(running["pending"])
+        known_L = running["before"].sum(-1) > 0
+        sums["flutter"] += torch.where(known_L, total_variation(running["pending"], running["before"]), 0.0)
+        sums["pairs"] += known_L
+        sums["by_update"] += n_log_n(running["pending"]).sum(-1)
+        running["before"].copy_(running["pending"])
         running["pending"].zero_()
         running["centroid_sum"] *= MEMORY
         running["centroid_count"] *= MEMORY
+
+    def sequence_information(self) -> tuple[Tensor, Tensor]:
+        """Nats between choice and sequence, in the window and inside its updates (mean over them), [L] each.
+
+        I = (sum_se n ln n - sum_s n ln n - sum_e n ln n + N ln N) / N, where n counts choices: additive sums.
+        """
+        N = self.tokens * self.sizes.k
+        each = N / self.sequences
+        by_sequence_L = self.sums["by_sequence"] - self.sequences * each * math.log(each)
+        by_expert_L = n_log_n(self.sums["selected"]).sum(-1)
+        window_L = by_sequence_L - by_expert_L + N * math.log(N)
+        if not self.updates:
+            return window_L / N, window_L * math.nan
+        within_L = by_sequence_L - self.sums["by_update"] + N * math.log(N / self.updates)
+        return window_L / N, within_L / N

@@ -47,6 +47,6 @@ def smooth_load(routing: Routing) -> Tensor:
     top = routing.noisy_TE.topk(k + 1, -1).values
     inside_TE = routing.noisy_TE >= top[:, k - 1 : k]
     threshold_TE = torch.where(inside_TE, top[:, k : k + 1], top[:, k - 1 : k])
-    # Where a schedule has silenced the noise the load is a step function; the floor keeps its value and no gradient.
-    z_TE = (routing.logits_TE - threshold_TE) / routing.noise_std_TE.clamp_min(1e-6)
-    return torch.special.ndtr(z_TE).sum(0)
+    p_TE = torch.special.ndtr((routing.logits_TE - threshold_TE) / routing.noise_std_TE.clamp_min(1e-6))
+    # Where a schedule has silenced the noise the load is the count itself: a step, which has no gradient.
+    return torch.where(routing.noise_std_TE > 1e-6, p_TE, inside_TE.to(p_TE.dtype)).sum(0)

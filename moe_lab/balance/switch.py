@@ -13,7 +13,7 @@ from moe_lab.routing import Routing
 @option("balance", "switch")
 class Switch(Balancer):
     """E * sum_i f_i P_i per layer (arXiv 2101.03961): f the share of assignments (no gradient), P the mean clean
-    probability. 1 at balance, E at collapse, for any k.
+    probability. 1 at balance; E/k at collapse, since no expert can get more than one of a token's k assignments.
     """
 
     def __init__(self, *, weight: Annotated[float, Field(ge=0)] = 0.01):

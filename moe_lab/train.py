@@ -70,7 +70,7 @@ class Training:
         recorder = Recorder(moes, vocabulary, domains, parts.settings.seq_len, parts.device)
         self.loop, self.evaluator = Loop(parts, recorder), Evaluator(parts)
         E = moes[0].experts.num if moes else 1
-        self.judge = Judge(E, moes[0].router.k if moes else 1, domains)
+        self.judge = Judge(E, moes[0].router.k if moes else 1, domains, run.cfg)
         self.last_row = 0
         self.last_eval: dict[str, Any] = {}
         self.last: dict[str, Any] = {}

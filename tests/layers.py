@@ -46,6 +46,11 @@ def router_cases() -> list[Any]:
     return cases
 
 
+def frozen(node: dict[str, Any]) -> bool:
+    """Whether the weight is 1 whatever the logits: one expert, renormalised."""
+    return node["k"] == 1 and (node.get("renormalise", False) or node["name"] == "noisy_topk")
+
+
 def fill(module: nn.Module, *key: int | str) -> None:
     """Every parameter N(0, 1 / its fan-in), also those that start at zero in training."""
     with torch.no_grad():

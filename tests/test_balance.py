@@ -193,7 +193,7 @@ def test_gradients_against_finite_differences(name: str, k: int):
 
 def test_layers_are_averaged_and_not_pooled():
     """Two layers, each with the other half of four experts dead: each reads E sum f P = 4 (1/4 + 1/4) = 2. Pooled,
-    f = P = 1/4 would read 1, as if all were well (peers.md 4.6)."""
+    f = P = 1/4 would read 1, as if all were well."""
     left = routing([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0]])
     right = routing([[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5]])
     assert loss("switch", left) == loss("switch", right) == pytest.approx(2)

@@ -10,8 +10,9 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -89,8 +90,11 @@ def nodes(cfg: Config) -> Iterator[tuple[str, str, Config]]:
     rest = dict(cfg)
     for group in HOMES:
         if group == "balance":
-            for name, node in (rest.pop("balance", None) or {}).items():
-                yield f"balance.{name}", group, node
+            balance = rest.pop("balance", None) or {}
+            if isinstance(balance, Mapping):
+                yield from ((f"balance.{name}", group, node) for name, node in balance.items())
+            else:
+                yield "balance", group, {"name": balance}
         elif group == "logger":
             for name in registered(group):
                 if name in rest:
@@ -104,51 +108,120 @@ def nodes(cfg: Config) -> Iterator[tuple[str, str, Config]]:
 def check(cfg: Config) -> list[str]:
     """Every mistake in a composed config (plain containers), one line each; empty when it can run."""
     problems = list(_targets(cfg, ""))
-    found = list(nodes(cfg))
-    for path, group, node in found:
+    for path, group, node in nodes(cfg):
         problems += _node_problems(path, group, node)
     if not problems:
-        for _, group, node in found:
+        whole = _complete(cfg)
+        for _, group, node in nodes(whole):
             conflicts = getattr(registered(group)[node["name"]], "conflicts", None)
-            problems += conflicts(node, cfg) if conflicts else []
+            problems += conflicts(node, whole) if conflicts else []
     return problems
 
 
+def _complete(cfg: Config) -> dict[str, Any]:
+    """The same config with the defaults of options that it leaves out: a preset of one's own may be short."""
+    whole = dict(cfg) | {"balance": dict(cfg.get("balance") or {})}
+    for path, group, node in nodes(cfg):
+        fields = schema(registered(group)[node["name"]]).model_fields
+        full = {name: field.default for name, field in fields.items() if not field.is_required()} | dict(node)
+        if group == "balance":
+            whole["balance"][path.removeprefix("balance.")] = full
+        elif path:
+            whole[path] = full
+    return whole
+
+
 def _node_problems(path: str, group: str, node: Config) -> Iterator[str]:
-    if not isinstance(node, Mapping) or "name" not in node:
+    if node and not isinstance(node, Mapping):
+        yield f"{path}={shown(node)}: must be a mapping of keys; {group}=NAME chooses one"
+        return
+    if not node or "name" not in node:
         yield f"{path or group}: nothing chosen; try {path or group}={next(iter(registered(group)))}"
         return
     known = registered(group)
     if node["name"] not in known:
         yield f"{path}.name={node['name']}: no such {group}{nearest(str(node['name']), known)}"
         return
+    options = {key: value for key, value in node.items() if key not in ("name", "_target_")}
     model = schema(known[node["name"]])
     try:
-        model.model_validate({k: v for k, v in node.items() if k != "name"})
+        model.model_validate(options)
     except ValidationError as error:
-        seen: set[str] = set()
-        for e in error.errors():
-            # A union reports once per member; the path up to the first key that is no field is what the user typed.
-            parts = [str(part) for part in e["loc"] if not str(part).startswith(("function-", "constrained-"))]
-            where = ".".join(filter(None, [path, *parts]))
+        siblings = [".".join(filter(None, [path, name])) for name in (*model.model_fields, *([] if path else HOMES))]
+        said: dict[str, list[str]] = {}  # a union reports once per member: one line for each place
+        for e in error.errors(include_url=False):
+            where = ".".join(filter(None, [path, *_typed(options, e["loc"], e["type"] == "missing")]))
             if e["type"] == "extra_forbidden":
-                siblings = [".".join(filter(None, [path, name])) for name in model.model_fields]
-                line = f"{where}: no such key{nearest(where, siblings)}"
+                said[where] = [f"{where}: no such key{nearest(where, siblings)}"]
             elif e["type"] == "missing":
-                line = f"{where}: missing; give it a value"
+                said[where] = [f"{where}: missing; give it a value"]
             else:
-                message = e["msg"].removeprefix("Value error, ")
-                line = f"{where}={e['input']!r}: {message[0].lower()}{message[1:]}"
-            if where not in seen:
-                seen.add(where)
-                yield line
+                said.setdefault(where, [f"{where}={shown(e['input'])}:"]).append(_wording(e))
+        for first, *more in said.values():
+            yield f"{first} {' or '.join(dict.fromkeys(more)).replace(' or must be ', ' or ')}".rstrip()
 
 
-def nearest(wrong: str, right: typing.Iterable[str]) -> str:
-    """'; did you mean x?' or the list of what there is."""
-    names = sorted(right)
-    close = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(names)}"
+def _typed(node: Any, loc: Iterable[int | str], missing: bool) -> Iterator[str]:
+    """The part of pydantic's location that stands in the config: it puts names of union members in between."""
+    for part in loc:
+        if (isinstance(node, Mapping) and part in node) or (isinstance(node, list) and isinstance(part, int)):
+            node = node[part]
+        elif not missing:
+            continue
+        yield str(part)
+
+
+KINDS = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "string": "must be text",
+    "list": "must be a list, e.g. [a,b]",
+    "model": "must be a mapping of keys",
+    "dict": "must be a mapping of keys",
+    "none": "must be null",
+    "finite": "must be a finite number",
+}
+LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def _wording(error: Mapping[str, Any]) -> str:
+    """One of pydantic's complaints in plain words."""
+    context = error.get("ctx", {})
+    for limit, words in LIMITS.items():
+        if limit in context:
+            bound = context[limit]
+            return f"must be {words} {int(bound) if bound == int(bound) else bound}"
+    if error["type"] == "literal_error":
+        offered = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
+        close = difflib.get_close_matches(str(error["input"]), offered, n=1)
+        return f"must be {' | '.join(offered)}" + (f"; did you mean {close[0]}?" if close else "")
+    if error["type"] == "string_pattern_mismatch":
+        return f"must match {context['pattern']}"
+    message = error["msg"].removeprefix("Value error, ")
+    return KINDS.get(error["type"].split("_")[0], f"{message[0].lower()}{message[1:]}")
+
+
+def shown(value: Any) -> str:
+    """A value as it would be typed."""
+    if isinstance(value, str):
+        return value or '""'
+    if isinstance(value, list):
+        return f"[{','.join(map(shown, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{k}: {shown(v)}' for k, v in value.items())}}}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def nearest(wrong: str, right: Iterable[str]) -> str:
+    """'; did you mean x?', or what there is where that is little. A bare `dim` is near `model.dim`."""
+    names = sorted(set(right))
+    last = wrong.rsplit(".", 1)[-1]
+    close = [name for name in names if name.rsplit(".", 1)[-1] == last] if "." not in wrong else []
+    close = close or difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {' or '.join(close[:3])}?"
+    return f"; there are: {', '.join(names)}" if len(names) <= 20 else ""
 
 
 def _targets(node: Any, path: str) -> Iterator[str]:

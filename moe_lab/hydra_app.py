@@ -8,13 +8,14 @@ few things that may stand there, its job part against the schema; a sweep is exp
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
+from hydra import version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -27,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from moe_lab import config, mistakes, naming, presets
 
+T = TypeVar("T")
 MAX_JOBS = 2000
 # What may be built for Hydra itself. Everything else with a `_target_` is refused before Hydra sees it.
 TARGETS = {
@@ -36,7 +38,12 @@ TARGETS = {
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
 }
-HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "moe_lab.sinks.messages.TerminalHandler")
+HANDLERS = (
+    "logging.NullHandler",
+    "logging.StreamHandler",
+    "logging.FileHandler",
+    "moe_lab.sinks.messages.TerminalHandler",
+)
 
 
 class Refused(Exception):
@@ -53,14 +60,13 @@ class Plan:
 
     overrides: list[str]  # for Hydra, its mode included
     multirun: bool
-    jobs: list[DictConfig] = field(default_factory=list)
 
 
 @contextmanager
 def open_hydra(own: Path | None) -> Iterator[Hydra]:
     """Hydra over conf/ and the user's own config directory, whose files win."""
     if hydra.__version__ < "1.4":
-        hydra.version.setbase("1.3")
+        version.setbase("1.3")
     naming.register_resolvers()
     search_path = create_config_search_path(str(presets.conf_dir()))
     if own is not None:
@@ -73,62 +79,74 @@ def open_hydra(own: Path | None) -> Iterator[Hydra]:
         GlobalHydra.instance().clear()
 
 
-def compose(app: Hydra, config_name: str, overrides: list[str]) -> None:
-    """Compose without checking, for commands that only show; Refused where even that fails."""
+def compose(app: Hydra, config_name: str, overrides: list[str], mode: RunMode = RunMode.RUN, **how: bool) -> DictConfig:
+    """The composed config. Refused with every mistake that keeps it from being composed."""
+    loader = app.config_loader
+    return _told(lambda: loader.load_configuration(config_name, overrides, mode, **how), app, config_name, overrides)
+
+
+def _told(load: Callable[[], T], app: Hydra, config_name: str, overrides: list[str]) -> T:
     try:
-        app.config_loader.load_configuration(config_name, overrides, RunMode.RUN)
-    except mistakes.COMPOSITION as error:
+        return load()
+    except Exception as error:  # whatever Hydra, OmegaConf, yaml or the parser raise: the config cannot be read
         raise Refused(mistakes.explain(error, app.config_loader, config_name, overrides)) from error
 
 
 def plan(app: Hydra, config_name: str, overrides: list[str], multirun: bool) -> Plan:
     """Compose and check all that is asked for. Raises Refused with every mistake that was found."""
-    try:
-        master = app.config_loader.load_configuration(
-            config_name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False
-        )
-        multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
-        refused = list(forbidden(OmegaConf.to_container(master.hydra, resolve=False)))
-        if refused:
-            raise Refused(refused)
-        asked = [o for o in overrides if not o.startswith("hydra.mode=")]
-        asked.append(f"hydra.mode={'MULTIRUN' if multirun else 'RUN'}")
-        if not multirun:
-            return Plan(asked, False, [_checked(app, config_name, asked)])
-        return Plan(asked, True, _sweep(app, config_name, asked))
-    except mistakes.COMPOSITION as error:
-        raise Refused(mistakes.explain(error, app.config_loader, config_name, overrides)) from error
+    master = compose(app, config_name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False)
+    refused = list(forbidden(OmegaConf.to_container(master.hydra, resolve=False)))
+    if refused:
+        raise Refused(refused)
+    multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
+    asked = [o for o in overrides if not o.startswith("hydra.mode=")]
+    asked.append(f"hydra.mode={'MULTIRUN' if multirun else 'RUN'}")
+    if multirun:
+        _check_sweep(app, config_name, asked)
+    else:
+        cfg = compose(app, config_name, asked)
+        _refuse(config.check(_told(lambda: naming.plain(cfg), app, config_name, asked)))
+        _refuse(_taken(cfg))
+    return Plan(asked, multirun)
 
 
-def _checked(app: Hydra, config_name: str, overrides: list[str]) -> DictConfig:
-    cfg = app.config_loader.load_configuration(config_name, overrides, RunMode.RUN)
-    problems = config.check(naming.plain(cfg))
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise Refused(problems)
-    return cfg
 
 
-def _sweep(app: Hydra, config_name: str, overrides: list[str]) -> list[DictConfig]:
-    """Every job of the sweep, composed and checked; a mistake that many jobs share is told once."""
-    master = app.config_loader.load_configuration(config_name, overrides, RunMode.MULTIRUN)
-    params = OmegaConf.select(master, "hydra.sweeper.params") or {}
-    parser = OverridesParser.create(config_loader=app.config_loader)
-    parsed = parser.parse_overrides([f"{key}={value}" for key, value in params.items()] + master.hydra.overrides.task)
+def _taken(cfg: DictConfig) -> list[str]:
+    """A run directory of the user's own choice must be new, or hold a run."""
+    folder = Path(str(cfg.hydra.run.dir))
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "status.json").exists():
+        return [f"hydra.run.dir={folder}: is not empty and holds no run; choose a new directory"]
+    return []
+
+
+def _check_sweep(app: Hydra, config_name: str, overrides: list[str]) -> None:
+    """Compose and check every job of the sweep; a mistake that many jobs share is told once."""
+    master = compose(app, config_name, overrides, RunMode.MULTIRUN)
+    params = [f"{key}={value}" for key, value in (OmegaConf.select(master, "hydra.sweeper.params") or {}).items()]
+    parsed = OverridesParser.create(config_loader=app.config_loader).parse_overrides(
+        params + list(master.hydra.overrides.task)
+    )
     many = math.prod(_length(override) for override in {o.get_key_element(): o for o in parsed}.values())
     if many > MAX_JOBS:
         raise Refused([f"this sweep has {many:,} jobs; the limit is {MAX_JOBS:,}: sweep over less at a time"])
-    jobs, told = [], dict[str, list[str]]()
-    for job in itertools.chain.from_iterable(BasicSweeper.split_arguments(parsed, None)):
-        try:
-            jobs.append(app.config_loader.load_sweep_config(master, list(job)))
-            problems = config.check(naming.plain(jobs[-1]))
-        except mistakes.COMPOSITION as error:
-            problems = mistakes.explain(error, app.config_loader, config_name, list(job))
-        for problem in problems:
+    told: dict[str, list[str]] = {}
+    for job in map(list, itertools.chain.from_iterable(BasicSweeper.split_arguments(parsed, None))):
+        for problem in _job_problems(app, master, config_name, job):
             told.setdefault(problem, []).append(" ".join(job))
-    if told:
-        raise Refused([_where(problem, where, many) for problem, where in told.items()])
-    return jobs
+    _refuse([_where(problem, where, many) for problem, where in told.items()])
+
+
+def _job_problems(app: Hydra, master: DictConfig, config_name: str, job: list[str]) -> list[str]:
+    loader = app.config_loader
+    try:
+        cfg = _told(lambda: naming.plain(loader.load_sweep_config(master, job)), app, config_name, job)
+    except Refused as refused:
+        return refused.lines
+    return config.check(cfg)
 
 
 def _length(override: Override) -> int:

@@ -2,25 +2,27 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import yaml
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import (
     InterpolationKeyError,
     InterpolationResolutionError,
     MissingMandatoryValue,
-    OmegaConfBaseException,
     UnsupportedInterpolationType,
 )
 
+from moe_lab import config, presets
 from moe_lab.config import nearest
 
-COMPOSITION = (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError)
+HIDDEN = (".name", "_target_")
+LAUNCHERS = " (pip install hydra-joblib-launcher or hydra-submitit-launcher)"
 
 
 def explain(error: BaseException, loader: ConfigLoader, config_name: str, overrides: list[str]) -> list[str]:
@@ -28,6 +30,8 @@ def explain(error: BaseException, loader: ConfigLoader, config_name: str, overri
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
+    if nameless := [o for o in overrides if o.lstrip("+~").startswith("=")]:
+        return [_unreadable(o) for o in nameless]
     for e in chain:
         if isinstance(e, OverrideParseException):
             return [_unreadable(e.override)]
@@ -37,11 +41,11 @@ def explain(error: BaseException, loader: ConfigLoader, config_name: str, overri
             return [f"a config file is not UTF-8 text ({e.reason} at byte {e.start})"]
     if isinstance(error, MissingConfigException) and error.missing_cfg_file == config_name:
         return [f"--config-name {config_name}: no such file in the config directories"]
-    return _bad_overrides(loader, config_name, overrides) or [_said(error, chain)]
+    return _bad_overrides(loader, config_name, overrides) or [_said(error, chain, loader, config_name, overrides)]
 
 
 def _unreadable(override: str) -> str:
-    if "=" not in override:
+    if "=" not in override.lstrip("=") or override.startswith("="):
         return f"{override}: not understood; write key=value, e.g. router=topk"
     return f"{override}: cannot be read; quote a value with special characters: 'key=\"a, b\"'"
 
@@ -61,17 +65,27 @@ def _bad_overrides(loader: ConfigLoader, config_name: str, overrides: list[str])
     try:
         lines_of_chosen = [str(o.input_line) for o in chosen]
         base = loader.load_configuration(config_name, lines_of_chosen, RunMode.MULTIRUN, validate_sweep_overrides=False)
-    except COMPOSITION:
+    except Exception:
         return list(lines.values())
-    keys = list(_keys(base))
+    keys = list(_keys(OmegaConf.to_container(base, resolve=False)))
     for o in parsed:
         if o in chosen or id(o) in lines:
             continue
         key = o.key_or_group
-        missing = OmegaConf.select(base, key, throw_on_missing=False) is None and key not in keys
-        if missing and (o.is_delete() or not (o.is_add() or o.is_force_add())):
-            lines[id(o)] = f"{key}: no such key or group{nearest(key, [*keys, *groups])}"
+        if key not in keys and (o.is_delete() or not (o.is_add() or o.is_force_add())):
+            lines[id(o)] = _no_such_key(key, keys, groups)
     return list(lines.values())
+
+
+def _no_such_key(key: str, keys: Iterable[str], groups: list[str]) -> str:
+    if key.endswith("_target_"):
+        return f"{key}: configs are data here; options are chosen by name, e.g. router=topk"
+    having = {f"{g.name}={p.name}" for g in presets.groups().values() for p in g.presets.values() if p.has(key)}
+    if having:
+        return f"{key}: not a key of what is chosen here; it belongs to {' | '.join(sorted(having))}"
+    offered = [k for k in keys if k.startswith("hydra.") == key.startswith("hydra.") and not k.endswith(HIDDEN)]
+    hint = nearest(key, [*offered, *groups])
+    return f"{key}: no such key or group{hint or '; see moe-lab train --help and moe-lab list'}"
 
 
 def _group_of(override: Override) -> str:
@@ -83,38 +97,55 @@ def _bad_choice(override: Override, loader: ConfigLoader, groups: Iterable[str])
     if _group_of(override) not in groups:
         return None
     options = loader.get_group_options(group)
+    if group == "hydra/launcher" and override.value() not in options:
+        return f"{group}={override.value()}: not installed{LAUNCHERS}; there are: {', '.join(options)}"
     if not options:
         return f"{group}: no such group{nearest(group, loader.list_groups(_group_of(override)))}"
     value = override.value()
     for choice in value if isinstance(value, list) else [value]:
-        if isinstance(choice, str) and choice not in options:
-            return f"{group}={choice}: no such option{nearest(choice, options)}"
+        if not isinstance(choice, dict) and str(choice) not in options:
+            return f"{group}={config.shown(choice)}: no such option{nearest(str(choice), options)}"
     return None
 
 
-def _keys(node: DictConfig, path: str = "") -> Iterable[str]:
-    for key in node:
+def _keys(node: Any, path: str = "") -> Iterable[str]:
+    for key, value in node.items():
         where = f"{path}.{key}" if path else str(key)
         yield where
-        if OmegaConf.is_dict(inner := node._get_node(key)) and not inner._is_missing() and not inner._is_none():
-            yield from _keys(inner, where)
+        if isinstance(value, dict):
+            yield from _keys(value, where)
 
 
-def _said(error: BaseException, chain: list[BaseException]) -> str:
-    """The error's own words, its cause's where they say more, on one line."""
+def _said(
+    error: BaseException, chain: list[BaseException], loader: ConfigLoader, config_name: str, overrides: list[str]
+) -> str:
+    """The error's own words, its cause's where they say more, on one line with the override behind it."""
     for e in chain:
         where = getattr(e, "full_key", None)
         if isinstance(e, MissingMandatoryValue):
             return f"{where}: missing (???); give it a value"
         if isinstance(e, InterpolationKeyError | UnsupportedInterpolationType | InterpolationResolutionError):
-            return f"{where}: {_first_line(e)}"
+            return f"{where}: {_first_line(e).rpartition('raised while resolving interpolation: ')[2]}"
     several = re.match(r"Ambiguous value for argument '(.*)'", str(error))
     if several:
         return f"{several[1]}: several values; add -m to run each of them, or write [a,b] for a list"
     needs = re.match(r"Sweep parameters '(.*)' requires", str(error))
     if needs:
         return f"{needs[1]}: several values; add -m to run each of them"
-    return " ".join(dict.fromkeys(filter(None, (_first_line(e) for e in chain[:2]))))
+    words = " ".join(dict.fromkeys(filter(None, (_first_line(e) for e in chain[:2]))))
+    return ": ".join(filter(None, [_culprit(loader, config_name, overrides), words]))
+
+
+def _culprit(loader: ConfigLoader, config_name: str, overrides: list[str]) -> str | None:
+    """The override without which the rest can be composed."""
+    for o in overrides:
+        try:
+            rest = [other for other in overrides if other is not o]
+            loader.load_configuration(config_name, rest, RunMode.MULTIRUN, validate_sweep_overrides=False)
+            return o
+        except Exception:
+            continue
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """Names of run directories: pure, short and safe, whatever stands in the overrides."""
 
+import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping
@@ -7,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moe_lab.run import NOT_NUMBERS, config_hash
+from moe_lab.run import NOT_NUMBERS, SECRET, config_hash
 from moe_lab.settings import quick
 
 
@@ -46,9 +47,19 @@ def register_resolvers() -> None:
     def job_name_of(overrides: Iterable[str], _root_: DictConfig) -> str:
         return job_name(plain(_root_), [str(override) for override in overrides], Path(str(_root_.hydra.sweep.dir)))
 
+    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
     # Cached: a random id must be drawn once per config. The other is a function of the config and cannot be.
     OmegaConf.register_new_resolver("moe_lab.run_name", run_name_of, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("moe_lab.job_name", job_name_of, replace=True)
+
+
+def _environment(name: str, *default: Any) -> Any:
+    """oc.env, but for secrets: configs are written down with every run."""
+    if SECRET.search(name):
+        raise ValueError(f"${{oc.env:{name}}} would write a secret into the run's config")
+    if name not in os.environ and not default:
+        raise ValueError(f"the environment variable {name} is not set")
+    return os.environ.get(name, *default)
 
 
 def plain(cfg: Any) -> dict[str, Any]:

@@ -27,6 +27,9 @@ class Preset:
     package: str = ""  # from the file's `# @package` line: the node it fills, where that is not the group
     keys: list[Key] = field(default_factory=list)
 
+    def has(self, path: str) -> bool:
+        return any(key.path == path for key in self.keys)
+
 
 @dataclass
 class Group:

@@ -168,6 +168,7 @@ def test_heatmap_shows_balance_death_and_overload():
         ({"WANDB_BASE_URL": "https://w.example.org"}, f"machine w.example.org login u password {KEY}\n", "online"),
         ({"WANDB_BASE_URL": "https://w.example.org"}, f"machine api.wandb.ai login u password {KEY}\n", "offline"),
         ({}, "machine ", "offline"),
+        ({}, "machine api.wandb.ai login user\n", "offline"),
     ],
 )
 def test_auto_is_online_only_where_a_key_is_configured(

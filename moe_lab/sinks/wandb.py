@@ -204,7 +204,7 @@ def _settings(wandb: Any, mode: str) -> dict[str, Any]:
         "init_timeout": INIT_TIMEOUT,
         "finish_timeout": FINISH_TIMEOUT,
     }
-    return {key: value for key, value in wanted.items() if key in wandb.Settings.model_fields}  # differ by version
+    return {key: value for key, value in wanted.items() if key in wandb.Settings.model_fields}  # x_ names come and go
 
 
 def _new_id() -> str:

@@ -42,8 +42,8 @@ declare(
     span=("0", "1"),
     balanced="1 where every gate is one-hot, 0 where every gate is uniform",
     collapsed="0",
-    floor="(E - 1) / (2 T ln E) at most",
-    floor_at=lambda T, E, k: (E - 1) / (2 * T * math.log(E)),
+    floor="0 exactly for a gate that ignores the token",
+    floor_at=lambda T, E, k: 0.0,
     worst="min",
     source="Krause et al. 2010 (RIM), on the gate",
     reads="How much the token decides about the gate. Tells balanced because sorted (high) from balanced because "

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -102,8 +102,10 @@ def _bad_choice(override: Override, loader: ConfigLoader, groups: Iterable[str])
     if not options:
         return f"{group}: no such group{nearest(group, loader.list_groups(_group_of(override)))}"
     value = override.value()
+    if isinstance(value, ChoiceSweep):
+        value = [choice.text if isinstance(choice, QuotedString) else choice for choice in value.list]
     for choice in value if isinstance(value, list) else [value]:
-        if not isinstance(choice, dict) and str(choice) not in options:
+        if not isinstance(choice, dict | list) and str(choice) not in options:
             return f"{group}={config.shown(choice)}: no such option{nearest(str(choice), options)}"
     return None
 

@@ -13,16 +13,22 @@ from moe_lab.settings import quick
 
 
 def slug(router: str, overrides: Iterable[str]) -> str:
-    """`[a-z0-9._-]{1,40}`: the router, then what was overridden. For people: it may be cut, and need not be unique."""
-    words = [router]
-    for override in sorted(overrides):
+    """`[a-z0-9._-]{1,40}`: the router, then what was overridden. For people: not all may fit."""
+    found = _clean(router)[:40]
+    for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        name = key.split("@")[0].rsplit(".", 1)[-1]
-        if key == "router" or (key.split(".")[0] in NOT_NUMBERS and key != "fast") or "/" in value:
+        if key == "router" or "/" in value or (key.split(".")[0] in NOT_NUMBERS and key != "fast"):
             continue
-        words.append(f"{name}_{value}" if "." in key or re.fullmatch(r"[\d.e+-]+|true|false|null", value) else value)
-    clean = (re.sub(r"[^a-z0-9._-]+", "_", word.lower()).strip("_.-") for word in words)
-    return "-".join(filter(None, clean))[:40].rstrip("-_.") or "run"
+        name = key.split("@")[0].rsplit(".", 1)[-1]
+        plain_value = re.fullmatch(r"[\d.e+-]+|true|false|null", value)
+        word = _clean(f"{name}_{value}" if "." in key or plain_value else value)
+        if word and len(found) + 1 + len(word) <= 40:
+            found = f"{found}-{word}"
+    return found
+
+
+def _clean(word: str) -> str:
+    return re.sub(r"[^a-z0-9._-]+", "_", word.lower()).strip("_.-")
 
 
 def run_name(router: str, overrides: Iterable[str]) -> str:

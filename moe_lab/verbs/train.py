@@ -72,9 +72,18 @@ def _start(app: Any, config_name: str, plan: Any) -> int:
         batches = app.multirun(config_name, job, plan.overrides)
     except OSError as error:  # Hydra could not make the directory
         return complain([f"{error.filename or 'output_dir'}: {error.strerror or error}"], 5)
-    failed = [ret for batch in batches for ret in batch if ret.return_value.get("exit")]
+    return _told([ret for batch in batches for ret in batch])
+
+
+def _told(returns: list[Any]) -> int:
+    """Tell which runs of a sweep failed, by the overrides that set them apart; the exit code."""
+    common = set.intersection(*(set(ret.overrides) for ret in returns)) if len(returns) > 1 else set()
+    failed = [ret for ret in returns if ret.return_value.get("exit")]
     for ret in failed:
-        complain([f"failed: {' '.join(ret.overrides)}: {ret.return_value['message']}"])
+        apart = " ".join(o for o in ret.overrides if o not in common)
+        complain([f"failed: {apart}: {ret.return_value['message']}"])
+    if failed:
+        complain([f"{len(failed)} of {len(returns)} runs failed"])
     return 1 if failed else 0
 
 
@@ -84,6 +93,7 @@ def job(cfg: Any) -> dict[str, Any]:
     from hydra.types import RunMode
 
     from moe_lab.naming import plain, register_resolvers
+    from moe_lab.run import read_status
 
     register_resolvers()  # a launcher may have started a new process
     hydra = HydraConfig.get()
@@ -95,13 +105,18 @@ def job(cfg: Any) -> dict[str, Any]:
 
         return train(plain(cfg), folder, list(hydra.overrides.task), choices)
 
+    done = (read_status(folder) or {}).get("status") == "completed"
     summary = guarded(go, folder)
     code = summary.get("exit", 0)
+    if done and not code:
+        print(f"{folder}: was completed before")
     if code == 2 and not sweep:
         forget(folder, Path(cfg.output_dir))
     if code and (not sweep or code in (75, 130)):
         complain([summary["message"]] if summary["message"] else [])
         raise SystemExit(code)
+    if code:
+        log.error("%s", summary["message"])
     return summary
 
 

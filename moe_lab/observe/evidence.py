@@ -38,7 +38,6 @@ class Evidence:
     """
 
     skew: float
-    cv: float
     dead: int
     token_entropy: float
     kind: str
@@ -72,8 +71,8 @@ class Layer:
         names = ("token_entropy", "load_flutter", "load_flutter_floor")
         names += tuple(f"nmi_{x}{end}" for x in (self.kind, "token", "position") for end in ("", "_floor"))
         values = {name: number(row[f"moe/{name}"][self.index]) for name in names}
-        losses_E = np.array([number(v) for v in row["moe/expert_loss"][self.index]])
-        values["spread"] = float((np.nanmax(losses_E) - np.nanmin(losses_E)) / row["loss"]) if row["loss"] else math.nan
+        losses = [loss for loss in row["moe/expert_loss"][self.index] if loss is not None]
+        values["spread"] = (max(losses) - min(losses)) / row["loss"] if losses and row["loss"] else math.nan
         tokens = selected_E.sum() / self.k
         skew = share_of_ceiling(selected_E, mass_E, self.k)
         self.entries.append(Entry(row["step"], row["window"], tokens, selected_E, mass_E, skew, values))
@@ -105,19 +104,21 @@ class Layer:
             known = ~np.isnan(values)
             return float(np.average(values[known], weights=weights[known])) if known.any() else math.nan
 
-        selected_E = sum_of(rows, "selected_E")
+        def beyond_floor(x: str) -> float:
+            """0 where there was nothing to tell."""
+            return float(np.nan_to_num(mean(f"nmi_{x}") - mean(f"nmi_{x}_floor")))
+
         flutter, chance = self._flutter(rows)
         swing, back = self._swing()
         return Evidence(
-            skew=share_of_ceiling(selected_E, sum_of(rows, "mass_E"), self.k),
-            cv=cv(selected_E),
+            skew=share_of_ceiling(sum_of(rows, "selected_E"), sum_of(rows, "mass_E"), self.k),
             dead=self.dead(),
             token_entropy=mean("token_entropy"),
             kind=self.kind,
-            told=mean(f"nmi_{self.kind}") - mean(f"nmi_{self.kind}_floor"),
-            floor=mean(f"nmi_{self.kind}_floor"),
-            token=mean("nmi_token") - mean("nmi_token_floor"),
-            position=mean("nmi_position") - mean("nmi_position_floor"),
+            told=beyond_floor(self.kind),
+            floor=float(np.nan_to_num(mean(f"nmi_{self.kind}_floor"))),
+            token=beyond_floor("token"),
+            position=beyond_floor("position"),
             spread=mean("spread"),
             flutter=flutter,
             chance=chance,
@@ -170,9 +171,15 @@ class Layer:
 def share_of_ceiling(selected_E: np.ndarray, mass_E: np.ndarray, k: int) -> float:
     """CV over its ceiling, 0 where there is nothing to choose."""
     E = len(selected_E)
-    if k >= E:
-        return cv(mass_E) / math.sqrt(E - 1) if E > 1 else 0.0
-    return min(1.0, cv(selected_E) / math.sqrt(E / k - 1), cv(mass_E) / math.sqrt(E / k - 1))
+    if E == 1:
+        return 0.0
+    spread = cv(mass_E) if k >= E else min(cv(selected_E), cv(mass_E))
+    return min(1.0, spread / ceiling(E, k))
+
+
+def ceiling(E: int, k: int) -> float:
+    """CV when k experts get everything; where every expert is chosen, when one has all the weight."""
+    return math.sqrt(E / k - 1) if k < E else math.sqrt(E - 1)
 
 
 def cv(x_E: np.ndarray) -> float:

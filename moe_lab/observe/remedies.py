@@ -14,7 +14,7 @@ def remedies(verdict: str, spread: float, dead: int, config: Mapping[str, Any]) 
     if verdict == "collapsed" or (verdict == "healthy" and dead):
         return [*push(config, 10), *sample(config), *soften(config)]
     if verdict == "frozen":
-        return [*connect(config), "router=switch (the output is scaled by its probability, which trains the router)"]
+        return [*connect(config), *soften(config)]
     if verdict == "oscillating":
         return [*push(config, 0.1), *slow(config)]
     if verdict == "undecided":
@@ -82,7 +82,8 @@ def connect(config: Mapping[str, Any]) -> Iterator[str]:
         yield "router.renormalise=false (a renormalised top-1 weight is always 1)"
     if router.get("k") == 1 and router.get("name") != "switch":
         yield "router.k=2 (two weights can trade against each other)"
-    yield from soften(config)
+    if router.get("name") != "switch" and "load" not in (config.get("balance") or {}):  # load needs Gaussian noise
+        yield "router=switch (the output is scaled by its probability, which trains the router)"
 
 
 def level(config: Mapping[str, Any], knob: str, end: str = "start") -> float:

@@ -4,7 +4,7 @@ The rules, in order; the first that holds is the verdict (thresholds.py has the 
   frozen                    the task's gradient does not reach the router, unless a collapse came before and explains it
   collapsed                 few experts get nearly everything: skewed load, or many dead experts
   oscillating               the load moves between experts and comes back
-  healthy                   the choice tells the domain (without domains: the token), and not rather the position
+  healthy                   the choice tells the domain (without domains: the token) more than the position
   undecided                 the gate is close to uniform, or the load is uneven without meaning
   balanced but unspecialised  even load, sure gate, and the choice tells nothing
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_lab.observe import thresholds as at
-from moe_lab.observe.evidence import Evidence, Layer
+from moe_lab.observe.evidence import Evidence, Layer, ceiling
 from moe_lab.observe.remedies import remedies
 
 HEALTHY, UNDECIDED, COLLAPSED = "healthy", "undecided", "collapsed"
@@ -86,7 +86,7 @@ class Standing:
         skewed = entry.skew >= at.COLLAPSED.leave or self.layer.dead() >= at.DEAD_SHARE * self.layer.E
         self.skewed_since = (self.skewed_since or first) if skewed else None
         self.evidence = self.layer.evidence()
-        new = decide(self.evidence, self.verdict, self.layer.E, self.layer.ratio)
+        new = decide(self.evidence, self.verdict or self.candidate, self.layer.E, self.layer.ratio)
         if new != self.candidate:
             self.candidate, self.candidate_since, self.agreed = new, first, 0
         self.agreed += 1
@@ -118,7 +118,9 @@ def decide(e: Evidence | None, was: str | None, E: int, ratio: float) -> str | N
         return COLLAPSED
     if flutters(e) or (e.swing >= at.SWING and e.back <= pick(at.BACK, was == OSCILLATING)):
         return OSCILLATING
-    if e.told >= pick(at.SPECIALISED, was == HEALTHY) and not e.position > e.told:
+    specialised = at.SPECIALISED if e.kind == "domain" else at.SPECIALISED_BY_TOKEN
+    told = e.told >= max(pick(specialised, was == HEALTHY), e.floor) and e.told >= e.position
+    if told and e.skew < at.COLLAPSED.leave:
         return HEALTHY
     if e.token_entropy >= pick(at.UNDECIDED, was == UNDECIDED) or e.skew >= pick(at.UNEVEN, was == UNDECIDED):
         return UNDECIDED
@@ -140,11 +142,13 @@ def explain(verdict: str, e: Evidence | None, layer: Layer) -> str:
         return "one expert: nothing to route"
     if e is None:
         return f"router gradient {layer.ratio:.0e} of the experts' (alive above {at.FROZEN:.0e})"
-    ceiling = (layer.E / layer.k - 1) ** 0.5
-    load = f"load CV {e.cv:.2f} is {e.skew:.0%} of its ceiling {ceiling:.2f}"
+    most = ceiling(layer.E, layer.k)
+    load = f"load CV {e.skew * most:.2f} is {e.skew:.0%} of its ceiling {most:.2f}"
     dead = f"{e.dead} of {layer.E} experts are dead"
     told = f"the choice tells {max(e.told, 0):.1%} of the {e.kind} beyond a chance level of {e.floor:.1%}"
-    position = f", what the experts learned is position ({e.position:.0%})" if e.position > max(e.told, 0.05) else ""
+    told += f" ({e.token:.0%} of the token)" if e.kind == "domain" else ""
+    artefact = e.position > max(e.told, at.SPECIALISED.enter)
+    position = f"; what the experts learned is position ({e.position:.0%} of it)" if artefact else ""
     return {
         FROZEN: f"router gradient {layer.ratio:.0e} of the experts' (alive above {at.FROZEN:.0e}); {load}",
         COLLAPSED: f"{load}, {dead}",

@@ -20,7 +20,7 @@ def _row(step: int, layers: int, experts: int, steps: int, eval_every: int) -> t
         row["moe/selected"] = [[64 + step + 2 * e + layer for e in range(experts)] for layer in range(layers)]
         row["moe/nmi_domain"] = [None] * layers
         for i, metric in enumerate(
-            ("load_cv", "max_vio", "load_cv_of_ceiling", "token_entropy", "mutual_information", "coupling_gap", "churn")
+            ("load_cv", "max_vio", "load_cv_of_ceiling", "token_entropy", "mutual_information", "churn")
         ):
             row[f"moe/{metric}"] = [(1 + i + layer + step) / 64 for layer in range(layers)]
             row[f"moe/{metric}/mean"] = row[f"moe/{metric}"][0] / 2
@@ -36,6 +36,7 @@ def _row(step: int, layers: int, experts: int, steps: int, eval_every: int) -> t
             "eval/loss_topk": loss + 0.25,
         }
         row |= {"eval/unigram": 4.75, "eval/bigram": 4.5, "eval/tokens": 2048}
+        row |= {"eval/moe/coupling_gap": [step / 32 + layer for layer in range(layers)]} if layers else {}
     return row, {"step": step, "time": 0.0, "elapsed": step / 2, "tokens_per_s": 41234.0, "eta": (steps - step) / 2}
 
 

@@ -33,7 +33,7 @@ class State:
     timing: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)  # the last row that had one
     losses: list[float] = field(default_factory=list)
-    since: dict[int, int] = field(default_factory=dict)  # layer -> step at which its verdict last changed
+    changed: dict[int, int] = field(default_factory=dict)  # layer -> step at which its verdict last changed
     news: list[tuple[str, str]] = field(default_factory=list)  # (new verdict, line)
 
     def take(self, row: dict[str, Any], timing: dict[str, Any]) -> None:
@@ -187,8 +187,8 @@ def _verdict(state: State, layer: int, roomy: bool) -> Text:
     name = at(state.row, "verdict", layer)
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append(clean(name) if name else "too early", STYLES.get(name, "") if name else "dim")
-    if roomy and name and layer in state.since:
-        text.append(f" since {state.since[layer]}", "dim")
+    if roomy and name and layer in state.changed:
+        text.append(f" at {state.changed[layer]}", "dim")
     return text
 
 

@@ -54,7 +54,7 @@ class Console(Sink):
 
     @guarded
     def verdict(self, step: int, layer: int, old: str | None, new: str, why: str, remedies: list[str]) -> None:
-        self.state.since[layer] = step
+        self.state.changed[layer] = step
         line = verdict_line(step, layer, old, new, why)
         if old or new != "healthy":
             self.state.news.append((new, line))

@@ -35,14 +35,14 @@ def run(judge: Judge, steps: range, load: list[float] = EVEN, **more: Any) -> li
     return [judge.see(row(step, load, window=steps.step, **more))[0] for step in steps]
 
 
-CONFIG = {"balance": {"switch": {"weight": 0.01}}, "router": {"name": "topk", "k": 1, "noise": "none"}}
+CONFIG: dict[str, Any] = {"balance": {"switch": {"weight": 0.01}}, "router": {"name": "topk", "k": 1, "noise": "none"}}
 
 
 def judge(domains: int = 4, k: int = 1, experts: int = E) -> Judge:
     return Judge(experts, k, domains, CONFIG)
 
 
-STATES = {
+STATES: dict[str, dict[str, Any]] = {
     "healthy": {},
     "collapsed": {"load": ONE},
     "undecided": {"token_entropy": 0.97, "nmi_domain": 0.012},
@@ -160,7 +160,7 @@ def test_noise_around_a_threshold_does_not_flip_the_verdict():
 
 
 def test_information_must_be_as_large_again_as_its_floor():
-    few_sequences = {"nmi_domain": 0.14, "nmi_domain_floor": 0.09}
+    few_sequences: dict[str, Any] = {"nmi_domain": 0.14, "nmi_domain_floor": 0.09}
     assert run(judge(), range(10, 210, 10), **few_sequences)[-1] != "healthy"
 
 
@@ -175,7 +175,7 @@ def test_without_domains_the_token_decides():
     assert run(j, range(10, 210, 10), nmi_domain=None, nmi_domain_floor=None)[-1] == "healthy"
     assert "of the token" in j.report()[0]["why"]
     j = judge(domains=1)
-    quiet = {"nmi_domain": None, "nmi_domain_floor": None, "nmi_token": 0.05, "token_entropy": 0.96}
+    quiet: dict[str, Any] = {"nmi_domain": None, "nmi_domain_floor": None, "nmi_token": 0.05, "token_entropy": 0.96}
     assert run(j, range(10, 210, 10), **quiet)[-1] == "undecided"
 
 
@@ -197,7 +197,8 @@ def test_a_slow_swing_oscillates(period: int):
 def test_other_movement_does_not_oscillate(kind: str):
     j, seen = judge(), set()
     for i, step in enumerate(range(10, 600, 10)):
-        load, more = list(EVEN), {}
+        load = list(EVEN)
+        more: dict[str, Any] = {}
         if kind == "drift":
             load = [1 + i / 120] * 4 + [1 - i / 120] * 4
         if kind == "pulse" and 20 <= i < 26:
@@ -206,7 +207,7 @@ def test_other_movement_does_not_oscillate(kind: str):
             load = [1.4] * 4 + [0.6] * 4
         if kind == "batches":  # few sequences: the domains of a batch move the load, as the floor says
             load[i * 5 % E] += 2
-            more = {"load_flutter": 0.45, "load_flutter_floor": 0.42}
+            more.update(load_flutter=0.45, load_flutter_floor=0.42)
         seen.add(j.see(row(step, load, **more))[0])
     assert "oscillating" not in seen and "healthy" in seen
 

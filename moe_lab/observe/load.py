@@ -266,7 +266,7 @@ for _name, _formula, _balanced, _reads in (
         TOPIC,
         _formula,
         shape="LE",
-        span=("0", "1" if _name == "importance" else "T"),
+        span=("0", {"importance": "1", "gate_mass": "T w"}.get(_name, "T")),
         balanced=_balanced,
         collapsed="all at k experts, 0 elsewhere" if _name != "dropped" else "all overflow at k experts",
         floor="see load_cv" if _name in ("selected", "kept", "top1") else "-",

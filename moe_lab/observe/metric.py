@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+When = Literal["row", "training", "evaluation", "liveness"]
 Number = float | int | None
 
 METRICS: dict[str, "Metric"] = {}
@@ -33,7 +34,7 @@ class Metric:
     source: str = ""
     worst: Literal["max", "min"] | None = None
     floor_at: Callable[[int, int, int], float] | None = None
-    when: Literal["row", "evaluation", "liveness"] = "row"
+    when: When = "row"
 
 
 def declare(
@@ -50,7 +51,7 @@ def declare(
     worst: Literal["max", "min"] | None = None,
     source: str = "",
     floor_at: Callable[[int, int, int], float] | None = None,
-    when: Literal["row", "evaluation", "liveness"] = "row",
+    when: When = "row",
 ) -> Metric:
     """Put a metric on record, next to its formula."""
     assert name not in METRICS, name

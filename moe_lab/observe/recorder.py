@@ -51,7 +51,7 @@ class Recorder:
         found |= self._known(self.window)
         found |= self._geometry()
         if not evaluation:
-            found |= self._dynamics(sums)
+            found |= self._dynamics(self.window)
         found["expert_loss"] = specialisation.expert_loss(sums["loss"], sums["counted"])
         row = to_host(found)
         self.before_LE = sums["selected"].clone()
@@ -86,16 +86,13 @@ class Recorder:
         }
 
     def _known(self, window: Window) -> dict[str, Tensor]:
-        """Specialisation, and how much of it, and of the movement between updates, a few sequences explain."""
-        in_window_L, in_update_L = window.sequence_information()
         found = {}
         for name in ("domain", "token", "position"):
             joint = specialisation.Joint(window.sums[name], window.sizes.k)
-            found[f"nmi_{name}"] = joint.nmi()
-            found[f"nmi_{name}_floor"] = joint.floor()
+            found |= {f"nmi_{name}": joint.nmi(), f"nmi_{name}_floor": joint.floor()}
             if name == "domain":
+                in_window_L, _ = window.sequence_information()
                 found["nmi_domain_floor"] = joint.floor_by_sequence(in_window_L, window.sequences)
-        found["load_flutter_floor"] = dynamics.flutter_floor(in_update_L, window.sequences / max(window.updates, 1))
         return found
 
     def _geometry(self) -> dict[str, Tensor]:
@@ -114,12 +111,15 @@ class Recorder:
         names = ("router_cos", "router_cos_abs", "centroid_cos", "centroid_cos_raw")
         return dict(zip(names, torch.stack(layers, -1), strict=True))
 
-    def _dynamics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = {"load_flutter": sums["flutter"] / sums["pairs"]}  # 0 / 0 is NaN: no update before
+    def _dynamics(self, window: Window) -> dict[str, Tensor]:
+        sums, before = window.sums, self.before_LE
+        _, in_update_L = window.sequence_information()
         unknown_L = torch.full_like(sums["flutter"], math.nan)
-        before = self.before_LE
-        found["load_shift"] = unknown_L if before is None else dynamics.total_variation(sums["selected"], before)
-        return found
+        return {
+            "load_flutter": sums["flutter"] / sums["pairs"],  # 0 / 0 is NaN: no update before
+            "load_flutter_floor": dynamics.flutter_floor(in_update_L, window.sequences / max(window.updates, 1)),
+            "load_shift": unknown_L if before is None else dynamics.total_variation(sums["selected"], before),
+        }
 
     def _remember(self, counts_LE: Tensor) -> None:
         """Keep the newest rows that together hold DEAD_WINDOW updates."""

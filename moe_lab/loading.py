@@ -15,7 +15,7 @@ from moe_lab.run import read_rows, read_status
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run directory. `config` and `metrics` (one dict per row) are read at once, `parts` and `model` when asked for."""
+    """A run directory: `config` and `metrics` (one dict per row) at once, `parts` and `model` when asked for."""
 
     folder: Path
     config: dict[str, Any]

@@ -72,11 +72,12 @@ class Run:
         self._status(_status_of(error), None if error is None else f"{type(error).__name__}: {error}".rstrip(": "))
         self._lock.close()
 
-    def start(self, facts: Mapping[str, Any]) -> None:
-        """Record the machine and what was built; the run counts as running from here."""
+    def start(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Record the machine and what was built, and return it; the run counts as running from here."""
         env = environment() | {"config_hash": config_hash(self.cfg), "choices": dict(self.choices)} | dict(facts)
         durable.write_json(self.folder / "env.json", env)
         self._status("running")
+        return env
 
     def row(self, row: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl and its clocks to timing.jsonl."""

@@ -80,18 +80,16 @@ class Training:
     def go(self) -> dict[str, Any]:
         """Train to the end, or raise Stop; the sinks are closed either way."""
         start = self._restore()
-        facts = self._facts(start)
-        self.run.start(facts)
-        self._open_sinks(facts)
-        status = "failed"
+        self._open_sinks(self.run.start(self._facts(start)))
+        status, error = "failed", None
         try:
             self._steps(start)
             status = "completed"
         except Stop as stop:
-            status = {3: "diverged", 75: "preempted"}[stop.code]
+            status, error = ("preempted", None) if stop.code == 75 else ("diverged", stop.message)
             raise
         finally:
-            summary = self._summary(status)
+            summary = self._summary(status) | {"error": error}
             self.run.summarise(summary)
             for sink in reversed(self.sinks):
                 sink.close(status, summary)

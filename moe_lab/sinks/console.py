@@ -32,10 +32,10 @@ class Console(Sink):
     @guarded
     def open(self, run_dir: Path, cfg: dict[str, Any], facts: dict[str, Any]) -> None:
         self.state = State(run_dir=short(run_dir), facts=facts)
-        if not self.lively:
-            self._say(Text(headline(facts)))
         for line in start_lines(self.state.run_dir, facts):
             self._say(Text(line))
+        if not self.lively:
+            self._say(Text(headline(facts)))
         if self.lively:
             self.live = Live(self._screen(), console=self.console, auto_refresh=False)
             self.live.start(refresh=True)

@@ -35,7 +35,7 @@ def verdict_line(step: int, layer: int, old: str | None, new: str, why: str) -> 
 
 def start_lines(run_dir: str, facts: dict[str, Any]) -> list[str]:
     """Where this run's data goes."""
-    lines = [f"run directory: {run_dir}", *facts.get("destinations", [])]
+    lines = [*facts.get("destinations", []), f"run directory: {run_dir}"]
     if facts.get("resumed_from") is not None:
         lines.append(f"resumed from step {facts['resumed_from']}")
     return [clean(line) for line in lines if line]

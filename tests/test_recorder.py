@@ -246,6 +246,24 @@ def test_resume_in_the_middle_of_a_window():
     assert run(None) == run(7) == run(2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_seeing_on_a_gpu_never_waits_and_gives_the_row_of_the_cpu():
+    v, there = view(choices(64)), recorder()
+    logits, ids, domain, loss = (t.cuda() for t in (v.routings[0].logits_TE, v.ids_T, v.domain_T, v.loss_T))
+    plan = Assignments(v.routings[0].plan.selected_TK.cuda(), torch.ones(64, 1).cuda(), E)
+    routing = Routing(plan, logits, logits.softmax(-1))
+    seen = View((routing,) * L, tuple(x.cuda() for x in v.inputs), ids, domain, S, loss)
+    layers = [moe.cuda() for moe in moes()]
+    here = Recorder(layers, VOCABULARY, DOMAINS, S, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    here.see(seen)
+    torch.cuda.set_sync_debug_mode("default")
+    there.see(v)
+    a, b = here.row(), there.row()
+    assert a.keys() == b.keys() and all(flat(a[key]) == pytest.approx(flat(b[key]), rel=1e-4, abs=1e-6) for key in a)
+
+
 def test_no_layers_no_keys():
     r = Recorder([], VOCABULARY, DOMAINS, S, "cpu")
     r.see(View((), (), torch.zeros(8), torch.zeros(8), S, torch.zeros(8)))

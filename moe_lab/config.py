@@ -107,7 +107,8 @@ def nodes(cfg: Config) -> Iterator[tuple[str, str, Config]]:
 
 def check(cfg: Config) -> list[str]:
     """Every mistake in a composed config (plain containers), one line each; empty when it can run."""
-    problems = list(_targets(cfg, ""))
+    if problems := list(_targets(cfg, "")):
+        return problems
     for path, group, node in nodes(cfg):
         problems += _node_problems(path, group, node)
     if not problems:

@@ -1,0 +1,149 @@
+"""Imports run one way (DESIGN, section 2), and what only reads text imports nothing heavy."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "moe_lab"
+HEAVY = {"torch", "wandb", "datasets", "transformers", "pandas", "numpy"}
+
+# What each part (a module or folder of moe_lab) may import of ours, in the order in which they build on each other.
+MAY: dict[str, set[str]] = {
+    "config": set(),
+    "seeding": set(),
+    "durable": set(),
+    "presets": set(),
+    "run": {"durable"},
+    "checkpoint": {"durable"},
+    "routing": {"seeding"},
+    "settings": {"config"},
+    "schedules": {"config"},
+    "optim": {"config"},
+    "objectives": {"config"},
+    "routers": {"config", "routing", "seeding"},
+    "balance": {"config", "routing"},
+    "model": {"config", "routing", "seeding"},
+    "datasets": {"config", "seeding"},
+    "sinks": {"config"},
+    "observe": {"routing", "model"},
+    "probes": {"routing", "model"},
+    "loop": {
+        "routing",
+        "settings",
+        "schedules",
+        "optim",
+        "objectives",
+        "balance",
+        "model",
+        "datasets",
+        "observe",
+        "seeding",
+    },
+    "cost": {"loop"},
+    "evaluate": {"loop", "observe", "probes", "schedules", "seeding"},
+    "assemble": {"config", "settings", "model", "seeding", "loop"},
+    "train": {
+        *("run", "checkpoint", "config", "settings", "assemble", "loop", "evaluate", "cost", "observe", "sinks"),
+        *("datasets", "model", "probes"),
+    },
+    "loading": {"run", "checkpoint", "assemble", "loop"},
+    "recorded": {"run"},
+    "naming": {"run", "settings"},
+    "mistakes": {"config", "presets"},
+    "hydra_app": {"config", "presets", "naming", "mistakes"},
+    "cli": set(),
+    "completion": {"cli", "presets"},
+    "verbs": {
+        *("cli", "config", "presets", "naming", "hydra_app", "recorded", "run", "train", "checkpoint"),
+        *("assemble", "sinks"),
+    },
+    "__main__": {"cli"},
+    "__init__": {"loading"},
+}
+
+
+def part_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of moe_lab that a file imports anywhere, in functions and under TYPE_CHECKING too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        inside = [name.split(".")[1] for name in names if name.startswith("moe_lab.")]
+        found |= {name for name in inside if name in MAY or (PACKAGE / name).is_dir()}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    part = part_of(path)
+    assert part in MAY, f"say in MAY what {part} may import"
+    assert imported_parts(path) - {part} <= MAY[part]
+
+
+def test_the_table_itself_has_no_circle() -> None:
+    done: set[str] = set()
+    for part, may in MAY.items():
+        assert may <= done, f"{part} may import {may - done}, which stand below it"
+        done.add(part)
+
+
+def test_every_part_is_there() -> None:
+    assert {part_of(path) for path in PACKAGE.rglob("*.py")} == set(MAY)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "--version",
+        "list",
+        "list router",
+        "train --help",
+        "train --cfg job --resolve",
+        "train --info searchpath",
+        "train routr=topk",
+        "-sc query=bash",
+    ],
+)
+def test_what_only_reads_text_imports_nothing_heavy(line: str, tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.argv = ["moe-lab", *{line.split()!r}]
+from moe_lab.cli import main
+try:
+    main()
+finally:
+    print("\\nheavy:", *sorted({HEAVY!r} & set(sys.modules)))
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COMP_LINE": "moe-lab train router="}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.stdout.splitlines()[-1] == "heavy:", done.stdout + done.stderr
+    assert len(done.stdout) > 20 or done.stderr
+
+
+def test_help_and_completion_do_not_even_import_hydra(tmp_path: Path) -> None:
+    code = """
+import sys
+from moe_lab.cli import main
+for words in (["--help"], ["train", "--help"], ["-sc", "query=bash"]):
+    sys.argv = ["moe-lab", *words]
+    assert main() == 0
+assert not {"hydra", "omegaconf", "pydantic", "yaml", "rich"} & set(sys.modules), sys.modules.keys()
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COMP_LINE": "moe-lab train router="}
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path, env=env)

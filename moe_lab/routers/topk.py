@@ -20,7 +20,7 @@ class NoisyLogits(Router):
         self.std = noise_std
 
     def noise_std(self, x_TD: Tensor) -> Tensor:
-        return x_TD.new_tensor(self.std)
+        return x_TD.new_full((), self.std)
 
 
 @option("router", "topk")

@@ -24,7 +24,7 @@ from tests.command import moe_lab as command
 from tests.command import tree
 
 ROOT = Path(__file__).parents[1]
-TINY = "dataset=clusters dataset.tokens=20000 logger=[] fast=true model.dim=32 model.heads=2 experts.num=4 experts.width=16"
+TINY = "dataset=clusters dataset.tokens=20000 logger=[] fast=true model.dim=32 model.heads=2 experts.num=4"
 
 
 @pytest.fixture
@@ -226,6 +226,13 @@ def test_keys_that_only_swept_options_have(here: Path, trained: list[dict[str, A
     assert [call["cfg"]["router"]["renormalise"] for call in trained] == [False, False]
 
 
+def test_flags_may_stand_anywhere(here: Path, trained: list[dict[str, Any]]) -> None:
+    assert command("train", "router=topk", "-m", "seed=1,2", "steps=5").code == 0
+    assert [call["cfg"]["seed"] for call in trained] == [1, 2]
+    shown = command("train", "router=topk", "--cfg", "job", "seed=3").out
+    assert "name: topk" in shown and "seed: 3" in shown
+
+
 # --- exit codes
 
 
@@ -411,7 +418,7 @@ def test_verify_holds_for_a_run_and_touches_nothing(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-def _edit(name: str, old: str, new: str) -> Callable[[Path], None]:
+def _edit(name: str, old: str, new: str) -> Callable[[Path], object]:
     def edit(run: Path) -> None:
         text = (run / name).read_text()
         assert old in text
@@ -432,7 +439,7 @@ def _flip_a_bit(run: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a file is gone": ("files", lambda run: (run / "overrides.txt").unlink()),
     "status of no run": ("status", _edit("status.json", '"completed"', '"finished"')),
     "half a status": ("status", lambda run: (run / "status.json").write_text("{")),

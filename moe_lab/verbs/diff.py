@@ -90,7 +90,7 @@ def _print(runs: list[Recorded], everything: bool) -> None:
         table.add_column(Text(printable(name)), overflow="fold")
     if len(runs) == 2:
         table.add_column("change", justify="right")
-    outcome = {name: [of(run) for run in runs] for name, of in OUTCOME.items()}
+    outcome = {name: ["-" if (told := of(run)) is None else told for run in runs] for name, of in OUTCOME.items()}
     parts = {"config": config_rows(runs), "surroundings": surroundings_rows(runs), "outcome": outcome}
     for title, rows in parts.items():
         keep_all = everything or title == "outcome"
@@ -118,14 +118,15 @@ def _names(folders: list[Path]) -> list[str]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return "-" if value is None else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _change(a: Any, b: Any) -> str:
     """b - a, with the per cent of a."""
     if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b)) or a == b:
         return ""
-    return f"{b - a:+.4g}" + (f" ({(b - a) / abs(a):+.1%})" if a else "")
+    change = f"{b - a:+.4g}" if abs(b - a) < 1000 else f"{b - a:+,.0f}"
+    return change + (f" ({(b - a) / abs(a):+.1%})" if a else "")

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
 
     parser: argparse.ArgumentParser = get_args_parser()
     parser.prog, parser.error = "moe-lab train", _usage
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # flags may stand between overrides
     if args.experimental_rerun or args.config_path:
         return complain(["--experimental-rerun and --config-path are not offered; see resume= and --config-dir"])
     own = Path(args.config_dir) if args.config_dir else presets.own_dir()
@@ -59,7 +59,8 @@ def _through_hydra(args: argparse.Namespace, argv: list[str], own: Path | None) 
     except hydra_app.Refused as refused:
         return complain(refused.lines)
     quiet_pipe()
-    hydra_app.hydra_command(config_name, own if not args.config_dir else None, argv)
+    flags = [word for word in argv if word not in args.overrides]
+    hydra_app.hydra_command(config_name, own if not args.config_dir else None, [*args.overrides, *flags])
     return 0
 
 
@@ -129,7 +130,7 @@ def guarded(go: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
     except Stop as stop:
         return {"exit": stop.code, "message": stop.message}
     except KeyboardInterrupt:
-        return {"exit": 130, "message": f"stopped at once; {folder} keeps its last checkpoint"}
+        return {"exit": 130, "message": f"stopped at once; {folder} goes on from its last checkpoint, if it has one"}
     except OSError as error:
         if type(error).__name__ == "DatasetUnavailable" or error.errno in ENVIRONMENT:
             return {"exit": 5, "message": str(error)}

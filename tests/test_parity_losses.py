@@ -107,7 +107,7 @@ def test_st_moe_gate_and_losses(k: int):
 @pytest.mark.parametrize("form", ["soft", "dense", "selected"])
 def test_gumbel_softmax(form: str, temperature: float):
     """Soft: gumbel_softmax. Hard, backward=dense: gumbel_ste in value and gradient. backward=selected hands on the
-    gradient of the chosen column alone. torch's hard form returns y - y' + y' and is 1 only up to rounding."""
+    gradient of the chosen column alone."""
     logits_TE, c_TE = randn(T, E), randn(T, E, key=("c",))
     if form == "soft":
         router = make_router(preset("router", "gumbel_softmax"), E, E)

@@ -174,14 +174,16 @@ def every_expert_output(moe: Any, x_TD: Tensor) -> Tensor:
     return torch.einsum("tef,efd->ted", torch.nn.functional.silu(gate_TEF) * up_TEF, moe.experts.w_out_EFD)
 
 
-@pytest.mark.parametrize("node", STE)
-def test_straight_through_is_exactly_hard_forward(node: dict[str, Any]):
-    """Of many tokens, so that a form that is hard only up to rounding, s + (hard - s), shows."""
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("backward", ["selected", "dense"])
+@pytest.mark.parametrize("name", ["softmax_ste", "gumbel_ste"])
+def test_straight_through_is_exactly_hard_forward(name: str, backward: str, k: int):
+    """Of many tokens and also for a third, where s + (1/k - s) would be hard only up to rounding."""
     n = 5000
-    router = make_router(node, D, E, torch.float32)
+    router = make_router(preset("router", name, backward=backward, k=k), D, E, torch.float32)
     weight_TE = dense_weights(router(randn(n, D).float(), context(draw(router, n), temperature=0.75)).plan)
-    assert set(weight_TE.unique().tolist()) == {0.0, 1 / node["k"]}
-    assert torch.equal((weight_TE > 0).sum(-1), torch.full((n,), node["k"]))
+    assert torch.equal(weight_TE.unique(), torch.tensor([0.0, 1 / k]))
+    assert torch.equal((weight_TE > 0).sum(-1), torch.full((n,), k))
 
 
 @pytest.mark.parametrize("node", STE)

@@ -10,12 +10,13 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+import hydra.utils
 from hydra import version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
@@ -65,17 +66,19 @@ class Plan:
 
 @contextmanager
 def open_hydra(own: Path | None) -> Iterator[Hydra]:
-    """Hydra over conf/ and the user's own config directory, whose files win."""
+    """Hydra over conf/ and the user's own config directory."""
     if hydra.__version__ < "1.4":
         version.setbase("1.3")
     naming.register_resolvers()
     search_path = create_config_search_path(str(presets.conf_dir()))
     if own is not None:
-        here = SearchPathQuery(provider="main", path=None)
-        search_path.prepend(provider="command-line", path=f"file://{own.absolute()}", anchor=here)
+        last = SearchPathQuery(provider="schema", path=None)  # where Hydra's own --config-dir stands
+        search_path.prepend(provider="command-line", path=f"file://{own.absolute()}", anchor=last)
     GlobalHydra.instance().clear()
+    allow = getattr(hydra.utils, "execution_whitelist", None)  # from Hydra 1.4 on
     try:
-        yield Hydra.create_main_hydra2(task_name="train", config_search_path=search_path)
+        with allow([*TARGETS, *HANDLERS]) if allow else nullcontext():
+            yield Hydra.create_main_hydra2(task_name="train", config_search_path=search_path)
     finally:
         GlobalHydra.instance().clear()
 

@@ -45,6 +45,7 @@ def job_name(cfg: Mapping[str, Any], overrides: Iterable[str], sweep_dir: Path) 
 
 def register_resolvers() -> None:
     """The resolvers that conf/train.yaml names run directories with."""
+    import omegaconf
     from omegaconf import DictConfig, OmegaConf
 
     def run_name_of(router: str, overrides: Iterable[str]) -> str:
@@ -53,10 +54,12 @@ def register_resolvers() -> None:
     def job_name_of(overrides: Iterable[str], _root_: DictConfig) -> str:
         return job_name(plain(_root_), [str(override) for override in overrides], Path(str(_root_.hydra.sweep.dir)))
 
-    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+    new_name = not omegaconf.__version__.startswith("2.3.")  # 2.3 has another function under the name of 2.4
+    register: Any = OmegaConf.register_resolver if new_name else OmegaConf.register_new_resolver
+    register("oc.env", _environment, replace=True)
     # Cached: a random id must be drawn once per config. The other is a function of the config and cannot be.
-    OmegaConf.register_new_resolver("moe_lab.run_name", run_name_of, use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("moe_lab.job_name", job_name_of, replace=True)
+    register("moe_lab.run_name", run_name_of, use_cache=True, replace=True)
+    register("moe_lab.job_name", job_name_of, replace=True)
 
 
 def _environment(name: str, *default: Any) -> Any:

@@ -53,6 +53,16 @@ def own_dir() -> Path | None:
     return Path("moe_lab_conf") if Path("moe_lab_conf").is_dir() else None
 
 
+def clashes(own: Path) -> list[str]:
+    """A line for each file of `own` that Hydra would never read, since conf/ has one of the same name."""
+    conf = conf_dir()
+    if own.resolve() == conf.resolve():
+        return []
+    named = sorted(path for pattern in ("*.yaml", "*/*.yaml") for path in own.glob(pattern))
+    taken = [path for path in named if (conf / path.relative_to(own)).exists()]
+    return [f"{path}: moe-lab has a {path.relative_to(own)} of its own; give yours another name" for path in taken]
+
+
 def read(path: Path, prefix: str = "") -> Preset:
     """A preset from its file; `prefix` is put before its keys unless its `# @package` line names another."""
     preset = Preset(path.stem)
@@ -91,7 +101,7 @@ def root_keys(conf: Path) -> list[Key]:
 
 
 def groups(own: Path | None = None) -> dict[str, Group]:
-    """Every group with its presets; those of `own` win over ours of the same name."""
+    """Every group with its presets, ours and those in `own`."""
     conf = conf_dir()
     text = (conf / "train.yaml").read_text(encoding="utf-8")
     found = {name: _group(name, chosen, text) for name, chosen in defaults(conf / "train.yaml").items()}

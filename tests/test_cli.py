@@ -105,6 +105,7 @@ def test_own_presets_are_listed_completed_and_used(here: Path, trained: list[dic
     assert complete("moe-lab train router=mi") == ["router=mine "]
     assert command("train", "router=mine").code == 0
     assert trained[0]["cfg"]["router"] == {"name": "topk", "k": 3, "renormalise": False}
+    assert "k: 3" in command("train", "router=mine", "--cfg", "job", "--package", "router").out
 
 
 def test_info_tells_versions_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

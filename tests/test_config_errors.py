@@ -101,6 +101,7 @@ MISTAKES = {
     "--config-dir own router=list": ["router=[topk]: must be a mapping of keys"],
     "--config-dir own router=stranger": ["router.name=my_router: no such router"],
     "--config-dir own router=extra": ["router.heat: no such key"],
+    "--config-dir clash": ["clash/router/topk.yaml: moe-lab has a router/topk.yaml of its own"],
     # code
     "--config-dir own router=target": ["router._target_: configs are data here"],
     "+router._target_=os.system": ["router._target_: configs are data here"],
@@ -133,6 +134,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / "own" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    (tmp_path / "clash/router").mkdir(parents=True)
+    (tmp_path / "clash/router/topk.yaml").write_text("name: topk\nk: 1\nrenormalise: true\n")
     return tmp_path
 
 

@@ -32,6 +32,8 @@ def main(argv: list[str]) -> int:
     own = Path(args.config_dir) if args.config_dir else presets.own_dir()
     if own is not None and not own.is_dir():
         return complain([f"{own}: no such config directory (--config-dir or MOE_LAB_CONFIG_DIR)"])
+    if own is not None and (taken := presets.clashes(own)):
+        return complain(taken)
     resumed = [o for o in args.overrides if o.startswith("resume=") and o not in ("resume=", "resume=null")]
     if resumed:
         from moe_lab.verbs import resume

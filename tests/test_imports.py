@@ -44,7 +44,7 @@ MAY: dict[str, set[str]] = {
         "observe",
         "seeding",
     },
-    "cost": {"loop"},
+    "cost": {"loop", "model"},
     "evaluate": {"loop", "observe", "probes", "schedules", "seeding"},
     "assemble": {"config", "settings", "model", "seeding", "loop"},
     "train": {

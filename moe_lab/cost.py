@@ -3,29 +3,36 @@
 from typing import Any
 
 from moe_lab.loop import Parts
+from moe_lab.model.moe import MoE
 
 
 def cost(parts: Parts) -> dict[str, Any]:
     """Parameters in all and used per token, forward FLOPs per token, and how many experts run per token.
 
-    `experts_executed` over `experts_useful` is what a router costs that runs every expert (dense mixtures, and
-    straight-through with backward=dense): `executed_over_useful` of 8 means eight times the expert FLOPs of a choice.
-    Training takes about three times the forward FLOPs.
+    Of each MoE layer's experts, k are chosen, `active` shape a token's output (all of them in a dense mixture) and
+    `executed` are run (all of them also in a straight-through router with backward=dense, for its gradient).
+    `executed_over_chosen` of 8 means eight times the expert FLOPs of a choice. Training takes about three times the
+    forward FLOPs.
     """
     model, S = parts.model, parts.settings.seq_len
     total = sum(p.numel() for p in model.parameters())
     idle = extra = 0
-    useful = executed = 0
     for moe in model.moes:
         per_expert = sum(p.numel() for p in moe.experts.parameters()) // moe.experts.num
-        useful = moe.router.k
-        executed = moe.experts.num if moe.router.every_expert else useful
-        idle += per_expert * (moe.experts.num - useful)
-        extra += per_expert * (executed - useful)
+        idle += per_expert * (moe.experts.num - moe.router.active)
+        extra += per_expert * (executed(moe) - moe.router.active)
     active = total - idle
     # Two FLOPs per active weight (the tied embedding counts once, as the output head) and the attention products.
     attention = sum(4 * S * model.embed.shape[1] for _ in model.blocks)
-    found = {"params": total, "active_params": active, "flops_per_token": 2 * (active + extra) + attention}
-    if model.moes:
-        found |= {"experts_useful": useful, "experts_executed": executed, "executed_over_useful": executed / useful}
+    found: dict[str, Any] = {"params": total, "active_params": active}
+    found["flops_per_token"] = 2 * (active + extra) + attention
+    for moe in model.moes[:1]:
+        counts = {"chosen": moe.router.k, "active": moe.router.active, "executed": executed(moe)}
+        found |= {f"experts_{name}": n for name, n in counts.items()}
+        found["executed_over_chosen"] = executed(moe) / moe.router.k
     return found
+
+
+def executed(moe: MoE) -> int:
+    """Experts that run on each token."""
+    return moe.experts.num if moe.router.every_expert else moe.router.k

@@ -285,6 +285,11 @@ class Router(nn.Module):
         """From what ranks the experts (noisy logits, or gates plus selection bias) and the gate values, the plan."""
         raise NotImplementedError
 
+    @property
+    def active(self) -> int:
+        """How many experts shape a token's output."""
+        return self.k
+
     def top_k(self, rank_TE: Tensor, gates_TE: Tensor, renormalise: bool = False) -> Assignments:
         """The k best-ranked experts of each token, weighted by their gate values (renormalised to sum to one)."""
         expert_TK = rank_TE.topk(self.k, -1).indices

@@ -12,7 +12,9 @@ from tiny import CONF, tiny
 
 from moe_lab import load
 from moe_lab.assemble import assemble
-from moe_lab.checkpoint import newest
+from moe_lab.checkpoint import Checkpoint
+from moe_lab.checkpoint import newest as find_newest
+from moe_lab.cost import cost
 from moe_lab.loop import Loop
 from moe_lab.run import Stop
 from moe_lab.train import train
@@ -22,10 +24,14 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
     return train(tiny(*overrides), folder, list(overrides), {})
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found = newest(folder / "checkpoints")
+def newest(folder: Path) -> Checkpoint:
+    found = find_newest(folder / "checkpoints")
     assert found is not None
-    return found.model
+    return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return newest(folder).model
 
 
 def stop_after(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,14 +86,27 @@ def test_runs_that_differ_in_the_router_share_weights_and_batches() -> None:
         assert torch.equal(x.ids, y.ids) and torch.equal(x.domain, y.domain)
 
 
-def test_dense_baseline_has_the_active_size_of_the_moe() -> None:
-    moe = tiny("router=topk", "experts.shared_experts=1")
-    dense = tiny("router=topk", "experts.shared_experts=1", "model.moe=false")
-    from moe_lab.cost import cost
+DENSE_BACKWARD = ["router=gumbel_ste", "router.backward=dense"]
 
-    with_router, without = cost(assemble(moe)), cost(assemble(dense))
-    router = 2 * 4 * 32  # two layers, four rows of width 32
-    assert without["params"] == without["active_params"] == with_router["active_params"] - router
+
+@pytest.mark.parametrize("router", [["router=topk"], ["router=dense"], DENSE_BACKWARD])
+def test_dense_baseline_has_the_active_size_of_the_moe(router: list[str]) -> None:
+    moe, dense = (
+        cost(assemble(tiny(*router, "experts.shared_experts=1", f"model.moe={moe}"))) for moe in (True, False)
+    )
+    rows = 2 * 4 * 32  # of the routers: two layers, four rows of width 32
+    assert dense["params"] == dense["active_params"] == moe["active_params"] - rows
+
+
+def test_the_record_says_what_running_every_expert_costs(tmp_path: Path) -> None:
+    selected, every = (cost(assemble(tiny(*router))) for router in (["router=gumbel_ste"], DENSE_BACKWARD))
+    assert selected["executed_over_chosen"] == 1 and every["executed_over_chosen"] == 4
+    assert every["params"] == selected["params"] and every["active_params"] == selected["active_params"]
+    expert = 3 * 32 * 32
+    assert every["flops_per_token"] - selected["flops_per_token"] == 2 * 2 * 3 * expert  # two layers, three more each
+    run(tmp_path, *DENSE_BACKWARD, "steps=2")
+    for name in ("env.json", "summary.json"):
+        assert json.loads((tmp_path / name).read_text())["cost"] == every
 
 
 def test_dense_baseline_trains_and_has_no_moe_metrics(tmp_path: Path) -> None:
@@ -152,24 +171,26 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update = Loop._update
+    before: dict[str, torch.Tensor] = {}
+    after: dict[str, torch.Tensor] = {}
 
     def poisoned(self: Loop, step: int) -> None:
+        parameters = dict(self.parts.model.named_parameters())
         if step == 11:
-            self.before = {n: p.detach().clone() for n, p in self.parts.model.named_parameters()}
-            next(self.parts.model.parameters()).grad[0, 0] = float("nan")
+            before.update({name: p.detach().clone() for name, p in parameters.items()})
+            grad = parameters["embed"].grad
+            assert grad is not None
+            grad[0, 0] = float("nan")
         update(self, step)
+        after.update(parameters)
 
     monkeypatch.setattr(Loop, "_update", poisoned)
-    kept: list[Loop] = []
-    init = Loop.__init__
-    monkeypatch.setattr(Loop, "__init__", lambda self, *a: (init(self, *a), kept.append(self))[0])
     with pytest.raises(Stop) as stop:
         run(tmp_path, "checkpoint.every=5")
     assert stop.value.code == 3 and "update 12" in stop.value.message
-    for name, p in kept[0].parts.model.named_parameters():
-        assert torch.equal(p, kept[0].before[name])
+    assert before and all(torch.equal(after[name], p) for name, p in before.items())
     assert load(tmp_path).status == "diverged"
-    assert newest(tmp_path / "checkpoints").step == 10
+    assert newest(tmp_path).step == 10
     assert json.loads((tmp_path / "status.json").read_text())["error"]
 
 
@@ -190,7 +211,7 @@ def test_fast_goes_through_every_path(tmp_path: Path) -> None:
     summary = run(tmp_path, "fast=true", "checkpoint.every=1")
     assert summary["steps"] == 6 and summary["eval"]["loss"] > 0
     assert [row["step"] for row in load(tmp_path).metrics if "eval/loss" in row] == [3, 6]
-    assert newest(tmp_path / "checkpoints").step == 6
+    assert newest(tmp_path).step == 6
 
 
 def test_load_gives_model_config_and_metrics(tmp_path: Path) -> None:

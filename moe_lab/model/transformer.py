@@ -160,5 +160,4 @@ def _feed(
     gate = build("router", router, dim, bank.num)
     if sparse and moe:
         return MoE(gate, bank, depth)
-    active = bank.num if gate.every_expert else gate.k
-    return FeedForward(dim, (active + bank.shared_experts) * bank.width, type(bank), depth)
+    return FeedForward(dim, (gate.active + bank.shared_experts) * bank.width, type(bank), depth)

@@ -21,6 +21,10 @@ class Dense(Router):
     def __init__(self, dim: int, num_experts: int, *, k: Annotated[int, Field(ge=1)] = 1):
         super().__init__(dim, num_experts, k=k)
 
+    @property
+    def active(self) -> int:
+        return self.num_experts
+
     def choose(self, rank_TE: Tensor, gates_TE: Tensor) -> Plan:
         return Mixture(gates_TE, rank_TE.topk(self.k, -1).indices)
 

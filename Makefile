@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/moe-lab train router=gumbel_ste
@@ -27,6 +27,15 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
+
+# Draw the README's pictures from real runs, and the metric and verdict pages from their declarations.
+docs: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/moe-lab train router=gumbel_ste logger=[] hydra.run.dir=outputs/pictures/demo
+	$(BIN)/moe-lab train router=switch balance=[] logger=[] hydra.run.dir=outputs/pictures/collapsed
+	$(BIN)/moe-lab train router=switch balance=[switch] logger=[] hydra.run.dir=outputs/pictures/balanced
+	$(BIN)/python docs/pictures.py outputs/pictures/demo outputs/pictures/collapsed outputs/pictures/balanced
+	$(BIN)/python -m moe_lab.observe.document docs
 
 clean:
 	rm -rf $(VENV) build dist

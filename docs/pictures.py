@@ -18,6 +18,7 @@ from rich.console import Console
 from moe_lab import load
 from moe_lab.loading import LoadedRun
 from moe_lab.sinks.board import State, dashboard
+from moe_lab.sinks.lines import closing
 
 HERE = Path(__file__).parent
 
@@ -28,12 +29,15 @@ def terminal(run: LoadedRun) -> None:
     facts = env | {"router": run.config["router"]["name"], "dataset": run.config["dataset"]["name"]}
     state = State(run_dir=str(run.folder), facts=facts)
     timings = [json.loads(line) for line in (run.folder / "timing.jsonl").read_text().splitlines()]
+    before: list[str | None] = []
     for row, timing in zip(run.metrics, timings, strict=True):
         state.take(row, timing)
-    for verdict in json.loads((run.folder / "summary.json").read_text())["verdicts"]:
-        state.since[verdict["layer"]] = verdict["since"]
-    console = Console(record=True, width=104, file=StringIO(), force_terminal=True)
-    console.print(dashboard(state, width=104))
+        now = row["moe/verdict"]
+        state.changed |= {i: row["step"] for i, v in enumerate(now) if before and v != before[i]}
+        before = now
+    console = Console(record=True, width=110, file=StringIO(), force_terminal=True)
+    console.print(dashboard(state, width=110))
+    console.print(closing("completed", json.loads((run.folder / "summary.json").read_text()), state))
     console.save_svg(str(HERE / "terminal.svg"), title="moe-lab train router=gumbel_ste")
 
 

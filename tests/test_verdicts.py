@@ -71,6 +71,17 @@ def test_nothing_is_said_too_early():
     assert judge().report() == []
 
 
+@pytest.mark.parametrize("apart", [25, 50, 100, 400])
+def test_rows_far_apart_are_judged_too(apart: int):
+    """The dense rows of the first 100 updates, then one every `apart`: a collapse shows after 100 of its updates."""
+    j = judge()
+    run(j, range(10, 110, 10))
+    assert j.layers[0].verdict == "healthy"
+    found = run(j, range(100 + apart, 101 + 8 * apart, apart), load=ONE)
+    assert found[max(2, -(-100 // apart)) if apart < 100 else 0] == "collapsed"
+    assert "load CV" in j.report()[0]["why"]
+
+
 def test_frozen_is_said_at_once_and_names_the_number():
     j = judge()
     assert j.see(row(1, window=1, ratio=3e-6)) == [FROZEN]

@@ -65,8 +65,8 @@ remedies of a collapse |
 weaker balance; more steps |
 
 A verdict sums over the last {patience} updates; the first {settled} of a run are not judged, and a change must hold
-for {steady} rows (frozen is told at once). Until then it is `null`. A verdict that stands has looser limits than one
-that begins, so that noise does not flip it. With one expert there is nothing to route: healthy.
+for {steady} rows or {updates} updates (frozen is told at once). Until then it is `null`. A verdict that stands has
+looser limits than one that begins, so that noise does not flip it. With one expert there is nothing to route: healthy.
 
 The judge reads nothing but the rows of `metrics.jsonl`, so that anyone can repeat it.
 
@@ -110,6 +110,7 @@ def verdicts() -> str:
         patience=thresholds.PATIENCE,
         settled=thresholds.SETTLED,
         steady=thresholds.STEADY,
+        updates=thresholds.STEADY_UPDATES,
     )
     return f"{NOTE}\n{intro}" + "".join(f"| {' | '.join(line)} |\n" for line in reasons())
 

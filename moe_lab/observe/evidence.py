@@ -95,7 +95,7 @@ class Layer:
     def evidence(self) -> Evidence | None:
         """None while there are too few updates to judge by."""
         rows = self.last(PATIENCE)
-        if sum(entry.window for entry in rows) < PATIENCE or len(rows) < 3:
+        if sum(entry.window for entry in rows) < PATIENCE:
             return None
         weights = np.array([entry.tokens for entry in rows])
 

@@ -13,6 +13,7 @@ class Threshold(NamedTuple):
 SETTLED = 20  # updates at the start that are not judged: imbalance peaks in the first ten under every method
 PATIENCE = 50  # updates that are summed before anything is said: one batch is a few sequences, not the data
 STEADY = 3  # rows in a row that must agree before a verdict changes
+STEADY_UPDATES = 100  # or fewer rows that hold so many updates, where rows are far apart
 DEAD_WINDOW = 100  # updates over which an expert must be without tokens to be dead, as in the metric dead_experts
 DEAD = 0.01  # share of the mean load below which an expert is dead, as in the metric dead_experts
 DEAD_SHARE = 0.25  # of the experts dead is collapse: at E = 4 and k = 1 one dead expert is a CV of 1/3 of the ceiling

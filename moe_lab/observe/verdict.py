@@ -80,7 +80,7 @@ class Standing:
         self.skewed_since: int | None = None  # start of the unbroken rows that look collapsed
 
     def see(self, row: Mapping[str, Any]) -> None:
-        """Take in one row. A new verdict must hold for STEADY rows; a frozen router is a fact at once."""
+        """Take in one row. A new verdict must hold for a while (STEADY); a frozen router is a fact at once."""
         entry = self.layer.add(row)
         first = entry.step - entry.window + 1
         skewed = entry.skew >= at.COLLAPSED.leave or self.layer.dead() >= at.DEAD_SHARE * self.layer.E
@@ -90,8 +90,9 @@ class Standing:
         if new != self.candidate:
             self.candidate, self.candidate_since, self.agreed = new, first, 0
         self.agreed += 1
+        steady = self.agreed >= at.STEADY or entry.step - self.candidate_since + 1 >= at.STEADY_UPDATES
         certain = new == FROZEN or self.layer.E == 1
-        if new is not None and new != self.verdict and (certain or self.agreed >= at.STEADY):
+        if new is not None and new != self.verdict and (certain or steady):
             self.verdict = new
             self.since = self.skewed_since if new == COLLAPSED and self.skewed_since else self.candidate_since
 

@@ -81,6 +81,7 @@ class Training:
         """Train to the end, or raise Stop; the sinks are closed either way."""
         start = self._restore()
         self._open_sinks(self.run.start(self._facts(start)))
+        log.info("attempt %d starts after step %d of %d", self.run.attempt, start, self.parts.settings.steps)
         status, error = "failed", None
         try:
             self._steps(start)
@@ -89,6 +90,7 @@ class Training:
             status, error = ("preempted", None) if stop.code == 75 else ("diverged", stop.message)
             raise
         finally:
+            log.info("%s after step %s", status, self.last.get("step", 0))
             summary = self._summary(status) | {"error": error}
             self.run.summarise(summary)
             for sink in reversed(self.sinks):
@@ -133,6 +135,7 @@ class Training:
         for sink in self.sinks:
             sink.row(row, timing)
         for change in self.judge.changes:
+            log.info("layer %d: %s -> %s at step %d: %s", change.layer, change.old, change.new, done, change.why)
             for sink in self.sinks:
                 sink.verdict(done, change.layer, change.old, change.new, change.why, change.remedies)
         self.last, self.last_row, self.clock = row, done, time.monotonic()
@@ -215,7 +218,8 @@ class Training:
         saved = checkpoint.Checkpoint(
             done, _copies(self.parts.model.state_dict()), _copies(moments), _copies(state), values
         )
-        checkpoint.save_checkpoint(self.run.checkpoints, saved, self.parts.settings.checkpoint.keep)
+        path = checkpoint.save_checkpoint(self.run.checkpoints, saved, self.parts.settings.checkpoint.keep)
+        log.info("checkpoint %s", path.name)
 
     def _restore(self) -> int:
         """Load the newest checkpoint of the run's directory and return its step; 0 where there is none."""

@@ -27,6 +27,7 @@ def _row(step: int, layers: int, experts: int, steps: int, eval_every: int) -> t
             row[f"moe/{metric}/worst"] = max(row[f"moe/{metric}"])
         row["moe/router_grad_ratio"] = [step / 8] * layers
         row["moe/dead_experts"] = [layer + step for layer in range(layers)]
+        row["moe/coupling_gap"] = [step / 32 + layer for layer in range(layers)]
         row["moe/verdict"] = [None if step < 2 else VERDICTS[layer % len(VERDICTS)] for layer in range(layers)]
     if step % eval_every == 0:
         row |= {
@@ -36,7 +37,6 @@ def _row(step: int, layers: int, experts: int, steps: int, eval_every: int) -> t
             "eval/loss_topk": loss + 0.25,
         }
         row |= {"eval/unigram": 4.75, "eval/bigram": 4.5, "eval/tokens": 2048}
-        row |= {"eval/moe/coupling_gap": [step / 32 + layer for layer in range(layers)]} if layers else {}
     return row, {"step": step, "time": 0.0, "elapsed": step / 2, "tokens_per_s": 41234.0, "eta": (steps - step) / 2}
 
 

@@ -278,6 +278,16 @@ def test_an_evaluation_has_no_movement():
     assert not [key for key in row if METRICS[key.split("/")[1]].when != "row"]
 
 
+def test_coupling_is_that_of_the_weights_as_they_stand():
+    layers = moes()
+    with torch.no_grad():
+        for moe in layers:
+            moe.experts.w_in_EDI[:, :, :16] = moe.router.weight_ED[:, :, None]
+    recorder = Recorder(layers, VOCABULARY, DOMAINS, S, "cpu")
+    recorder.see(view(choices(64, 2)))
+    assert recorder.row()["moe/coupling_matched"] == pytest.approx([1, 1])
+
+
 def test_scores_against_activations():
     """Activations that grow with the score: every neuron reads along its router row."""
     layers = moes()
@@ -294,7 +304,7 @@ def test_scores_against_activations():
     v = view(selected_TK, logits_TE)
     probe.see(View(v.routings, (x_TD,) * L, v.ids_T, v.domain_T, S, v.loss_T))
     row = probe.row()
-    assert row["moe/score_act_spearman"][0] > 0.9 and row["moe/coupling_matched"] == pytest.approx([1, 1])
+    assert row["moe/score_act_spearman"][0] > 0.9
 
 
 def test_churn_from_one_evaluation_to_the_next_and_across_a_resume():

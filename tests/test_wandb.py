@@ -92,8 +92,7 @@ def test_rows_arrive_as_they_were_and_runs_of_one_process_stay_apart(tmp_path: P
                 assert got["moe/token_entropy/mean"] == row["moe/token_entropy/mean"]
                 for layer, value in enumerate(row["moe/max_vio"]):
                     assert got[f"moe_layer/L{layer:02d}/max_vio"] == value
-                    coupled = row["eval/moe/coupling_gap"][layer] if "eval/loss" in row else None
-                    assert got.get(f"moe_layer/L{layer:02d}/coupling_gap") == coupled
+                    assert got[f"moe_layer/L{layer:02d}/coupling_gap"] == row["moe/coupling_gap"][layer]
                 assert not any("nmi_domain" in key for key in got)  # undefined in these rows
     assert any("eval/gap_top1" in h and h["eval/gap_top1"] == 0.125 for h in found["a"].history)
 

@@ -70,7 +70,7 @@ for _prefix, _size, _low in (("coupling", "|cos|", "0"), ("coupling_signed", "co
         worst="min",
         source=_COUPLING,
         reads="How far a router row points along what its own expert reads.",
-        when="evaluation",
+        when="training",
     )
     declare(
         f"{_prefix}_mismatched",
@@ -82,7 +82,7 @@ for _prefix, _size, _low in (("coupling", "|cos|", "0"), ("coupling_signed", "co
         floor=_base,
         source=_COUPLING,
         reads="The same with other experts' neurons: what all directions share.",
-        when="evaluation",
+        when="training",
     )
     declare(
         f"{_prefix}_gap",
@@ -95,7 +95,7 @@ for _prefix, _size, _low in (("coupling", "|cos|", "0"), ("coupling_signed", "co
         worst="min",
         source=_COUPLING,
         reads="Above 0: router and expert collected the same tokens. Read it against coupling_baseline.",
-        when="evaluation",
+        when="training",
     )
 declare(
     "coupling_baseline",
@@ -105,7 +105,7 @@ declare(
     balanced="a constant of the width",
     collapsed="a constant of the width",
     reads="Mean |cos| of random directions: 0.070 at D = 128, 0.025 at 1024.",
-    when="evaluation",
+    when="training",
 )
 
 

@@ -1,4 +1,4 @@
-"""What only an evaluation measures: geometry of the weights, scores against activations, churn on fixed tokens.
+"""What only an evaluation measures: scores against activations, churn on fixed tokens.
 
 Shapes: L layers, T tokens of the probe batch, D width, E experts, K chosen per token, N = T K pairs.
 """
@@ -54,8 +54,7 @@ class Probe:
         """The "moe/..." values of this evaluation, on the host."""
         if not self.moes:
             return {}
-        layers = [layer_coupling(moe) for moe in self.moes]
-        found = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+        found = {}
         scores_LN, activations_LN = torch.cat(self.scores, 1), torch.cat(self.activations, 1)
         found["score_act_pearson"] = geometry.pearson(scores_LN, activations_LN)
         found["score_act_spearman"] = geometry.spearman(scores_LN, activations_LN)
@@ -83,11 +82,3 @@ def mean_activation(moe: MoE, x_TD: Tensor, selected_TK: Tensor) -> Tensor:
     mean_N = torch.empty(len(key_N), dtype=torch.float64, device=x_TD.device)
     mean_N[order_N] = hidden_NF.double().mean(-1)
     return mean_N
-
-
-def layer_coupling(moe: MoE) -> dict[str, Tensor]:
-    """Coupling of one layer; NaN throughout for a router without directions."""
-    read_in_EFD, router_ED = moe.experts.read_in_EFD(), moe.router.directions_ED()
-    if router_ED is None:
-        router_ED = torch.full((moe.experts.num, moe.router.dim), math.nan, device=read_in_EFD.device)
-    return geometry.coupling(router_ED, read_in_EFD)

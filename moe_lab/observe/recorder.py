@@ -51,6 +51,7 @@ class Recorder:
         found |= self._known(self.window)
         found |= self._geometry()
         if not evaluation:
+            found |= self._coupling()
             found |= self._dynamics(self.window)
         found["expert_loss"] = specialisation.expert_loss(sums["loss"], sums["counted"])
         row = to_host(found)
@@ -111,6 +112,11 @@ class Recorder:
         names = ("router_cos", "router_cos_abs", "centroid_cos", "centroid_cos_raw")
         return dict(zip(names, torch.stack(layers, -1), strict=True))
 
+    def _coupling(self) -> dict[str, Tensor]:
+        """Each layer's router rows against its experts' input-side rows: a property of the weights as they stand."""
+        layers = [layer_coupling(moe) for moe in self.moes]
+        return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+
     def _dynamics(self, window: Window) -> dict[str, Tensor]:
         sums, before = window.sums, self.before_LE
         _, in_update_L = window.sequence_information()
@@ -154,6 +160,14 @@ class Recorder:
             self.before_LE = state["before"].to(device)
             counts_RLE = state["recent.counts"].to(device)
             self.recent = list(zip(state["recent.updates"].tolist(), counts_RLE.unbind(0), strict=True))
+
+
+def layer_coupling(moe: MoE) -> dict[str, Tensor]:
+    """Coupling of one layer; NaN throughout for a router without directions."""
+    read_in_EFD, router_ED = moe.experts.read_in_EFD(), moe.router.directions_ED()
+    if router_ED is None:
+        router_ED = torch.full((moe.experts.num, moe.router.dim), math.nan, device=read_in_EFD.device)
+    return geometry.coupling(router_ED, read_in_EFD)
 
 
 def to_host(found: dict[str, Tensor]) -> dict[str, Any]:

@@ -167,8 +167,7 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     if dead := row.get("moe/dead_experts"):
         values["moe/dead_experts/total"] = sum(n for n in dead if n is not None)
     for metric in PER_LAYER:
-        # Some metrics are taken at evaluations only.
-        for layer, value in enumerate(row.get(f"moe/{metric}") or row.get(f"eval/moe/{metric}") or []):
+        for layer, value in enumerate(row.get(f"moe/{metric}") or []):
             values[f"moe_layer/L{layer:02d}/{metric}"] = value
     return {key: value for key, value in values.items() if value is not None}
 

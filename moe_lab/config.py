@@ -166,7 +166,7 @@ def _typed(node: Any, loc: Iterable[int | str], missing: bool) -> Iterator[str]:
     """The part of pydantic's location that stands in the config: it puts names of union members in between."""
     for part in loc:
         if (isinstance(node, Mapping) and part in node) or (isinstance(node, list) and isinstance(part, int)):
-            node = node[part]  # pyright: ignore[reportArgumentType]
+            node = typing.cast(Any, node)[part]
         elif not missing:
             continue
         yield str(part)

@@ -5,11 +5,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from moe_lab import checkpoint
 from moe_lab.assemble import assemble
-from moe_lab.loop import Parts
+from moe_lab.loop import Parts, contexts
+from moe_lab.model.transformer import Output, Transformer
 from moe_lab.run import read_rows, read_status
 
 
@@ -33,9 +35,17 @@ class LoadedRun:
         return parts
 
     @property
-    def model(self):
-        """The model with the weights of the newest checkpoint, in evaluation mode (a torch.nn.Module)."""
-        return self.parts.model.eval()
+    def model(self) -> Transformer:
+        """The model with the weights of the newest checkpoint, a torch.nn.Module."""
+        return self.parts.model
+
+    def predict(self, ids_BS: torch.Tensor) -> Output:
+        """Logits [B, S, V] and each MoE layer's Routing for token ids [B, S] int64: no noise, the last temperature."""
+        parts, steps = self.parts, self.parts.settings.steps
+        with torch.no_grad():
+            return parts.model(
+                ids_BS.to(parts.device), contexts(parts, parts.schedules.at(steps - 1, steps)), parts.dtype
+            )
 
 
 def load(run: str | Path) -> LoadedRun:

@@ -221,5 +221,8 @@ def test_load_gives_model_config_and_metrics(tmp_path: Path) -> None:
     assert loaded.metrics[-1]["step"] == 4
     trained = weights(tmp_path)
     assert all(torch.equal(p, trained[name]) for name, p in loaded.model.named_parameters())
+    out = loaded.predict(torch.zeros(2, 8, dtype=torch.int64))
+    assert out.logits_BSV.shape == (2, 8, 64) and out.routings[0].probs_TE.shape == (16, 4)
+    assert torch.equal(out.logits_BSV[0], out.logits_BSV[1])
     with pytest.raises(ValueError, match="no run directory"):
         load(tmp_path / "nothing")

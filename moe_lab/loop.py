@@ -64,7 +64,8 @@ def contexts(
     parts: Parts, values: Values, noise_TE: list[Tensor | None] | None = None, hard: int | None = None
 ) -> list[Context]:
     """One Context per MoE layer; without noise for evaluation."""
-    knobs = Knobs(*(torch.tensor(v, device=parts.device) for v in (values.temperature, values.noise)))
+    # Filled on the device: copying a number there would wait for it.
+    knobs = Knobs(*(torch.full((), v, device=parts.device) for v in (values.temperature, values.noise)))
     biased = any(balancer.moves_bias for balancer in parts.balancers.values())
     return [
         Context(knobs, noise_TE[i] if noise_TE else None, moe.bias_E if biased else None, hard)

@@ -1,25 +1,23 @@
-"""The values that routing is made of: the context a router sees, its decision, and the plan that moves rows.
+"""The values that routing is made of: the context a router sees, its decision, and the base class of all routers.
 
-Shapes: T tokens (batch-major), D width, E experts, K chosen per token, N rows handed to the experts.
+Shapes: T tokens (batch-major), D width, E experts, K chosen per token.
 
-A router turns tokens into a `Routing`: its clean scores and a plan. The plan alone knows how rows move, the experts
-know nothing else, and losses and observers read the same value that trained the model. Three things are kept apart:
-*selected* (the router's choice), *kept* (after capacity) and *executed* (rows that were computed).
+A router turns tokens into a `Routing`: its clean scores and a plan of how rows move (plans.py). Losses and observers
+read the same value that trained the model.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from moe_lab.plans import Assignments, Mixture, Plan, shares
 from moe_lab.seeding import parameter
+
+__all__ = ["Assignments", "Context", "Knobs", "Mixture", "Plan", "Router", "Routing"]
 
 
 @dataclass(frozen=True)
@@ -45,181 +43,6 @@ class Context:
     hard: int | None = None
 
 
-class _Permute(Function):
-    """x [T, D] -> rows [T*K, D] in expert order; backward gathers by the inverse and sums over K (no index_put)."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, kept_N: Tensor | None, K: int) -> Tensor:
-        ctx.save_for_backward(inverse_N, kept_N)
-        ctx.K = K
-        return x_TD.index_select(0, order_N // K)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        inverse_N, kept_N = ctx.saved_tensors
-        grad = grad_ND.index_select(0, inverse_N)
-        if kept_N is not None:  # rows that no expert computed carry no defined gradient
-            grad = grad.masked_fill(~kept_N[:, None], 0)
-        return grad.view(-1, ctx.K, grad.shape[-1]).sum(1), None, None, None, None
-
-
-class _Combine(Function):
-    """rows [T*K, D] in expert order, weights [T, K] -> y [T, D]; backward hands the experts a contiguous gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows_ND: Tensor,
-        weight_TK: Tensor,
-        order_N: Tensor,
-        inverse_N: Tensor,
-        kept_N: Tensor | None,
-    ) -> Tensor:
-        T, K = weight_TK.shape
-        rows = rows_ND.index_select(0, inverse_N)
-        if kept_N is not None:
-            rows = rows.masked_fill(~kept_N[:, None], 0)
-        rows_TKD = rows.view(T, K, -1)
-        ctx.save_for_backward(rows_TKD, weight_TK, order_N)
-        return torch.einsum("tkd,tk->td", rows_TKD, weight_TK.to(rows.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows_TKD, weight_TK, order_N = ctx.saved_tensors
-        K = weight_TK.shape[1]
-        grad_weight = torch.einsum("td,tkd->tk", grad_TD, rows_TKD).to(weight_TK.dtype)
-        weight_N = weight_TK.reshape(-1).index_select(0, order_N).to(grad_TD.dtype)
-        return grad_TD.index_select(0, order_N // K) * weight_N[:, None], grad_weight, None, None, None
-
-
-@dataclass(frozen=True)
-class Assignments:
-    """Each token goes to K experts. Rows are sorted by expert once; dropped rows stand behind the last expert's.
-
-    expert_TK: chosen experts, int64, strongest first. weight_TK: combine weights, fp32, gradients intact.
-    kept_TK: False where capacity dropped the assignment (the token keeps its residual), None when nothing can drop.
-    """
-
-    expert_TK: Tensor
-    weight_TK: Tensor
-    num_experts: int
-    kept_TK: Tensor | None = None
-
-    @property
-    def selected_TK(self) -> Tensor:
-        return self.expert_TK
-
-    @cached_property
-    def _order(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows by expert, the inverse of that order, and rows per expert that are executed."""
-        key_N = self.expert_TK.reshape(-1)
-        if self.kept_TK is not None:
-            key_N = torch.where(self.kept_TK.reshape(-1), key_N, self.num_experts)
-        order_N = torch.argsort(key_N, stable=True)
-        inverse_N = torch.empty_like(order_N)
-        inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-        return order_N, inverse_N, count(key_N, self.num_experts + 1)[: self.num_experts]
-
-    @property
-    def counts_E(self) -> Tensor:
-        """Rows handed to each expert, int64 [E]."""
-        return self._order[2]
-
-    @cached_property
-    def selected_E(self) -> Tensor:
-        """Tokens that chose each expert, before capacity, int64 [E]."""
-        return self.counts_E if self.kept_TK is None else count(self.expert_TK.reshape(-1), self.num_experts)
-
-    @property
-    def kept_E(self) -> Tensor:
-        return self.counts_E
-
-    def gather(self, x_TD: Tensor) -> Tensor:
-        """x [T, D] -> rows [N, D] sorted by expert."""
-        order_N, inverse_N, _ = self._order
-        return _Permute.apply(x_TD, order_N, inverse_N, self._kept_N, self.expert_TK.shape[1])  # pyright: ignore
-
-    def combine(self, rows_ND: Tensor) -> Tensor:
-        """Expert outputs [N, D] -> their weighted sum per token [T, D]."""
-        order_N, inverse_N, _ = self._order
-        return _Combine.apply(rows_ND, self.weight_TK, order_N, inverse_N, self._kept_N)  # pyright: ignore
-
-    @property
-    def _kept_N(self) -> Tensor | None:
-        return None if self.kept_TK is None else self.kept_TK.reshape(-1)
-
-    def importance_E(self) -> Tensor:
-        """Combine weight given to each expert, summed over tokens, before capacity, fp32 [E], gradients intact."""
-        total_E = torch.zeros(self.num_experts, dtype=self.weight_TK.dtype, device=self.weight_TK.device)
-        return total_E.scatter_add(0, self.expert_TK.reshape(-1), self.weight_TK.reshape(-1))
-
-    def limit(self, capacity_factor: float) -> "Assignments":
-        """Keep at most ceil(capacity_factor * T * K / E) rows per expert, first come first served in token order."""
-        T, K = self.expert_TK.shape
-        # 1.1 * 100 / 10 is a hair above 11 in floating point, and would grant a twelfth row.
-        capacity = math.ceil(capacity_factor * T * K / self.num_experts - 1e-6)
-        _, inverse_N, counts_E = self._order
-        first_E = counts_E.cumsum(0) - counts_E
-        rank_N = inverse_N - first_E[self.expert_TK.reshape(-1)]
-        return replace(self, kept_TK=(rank_N < capacity).view(T, K))
-
-    def harden(self, k: int) -> "Assignments":
-        """Only the k strongest choices of each token, which share the token's whole weight in proportion."""
-        return _hardened(self.expert_TK[:, :k], self.weight_TK[:, :k], self.weight_TK, self.num_experts)
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Every expert runs on every token: E / K times the cost of a choice, and the gradient of the full relaxation.
-
-    weight_TE: combine weights, fp32. selected_TK: what counts as the router's choice, strongest first.
-    """
-
-    weight_TE: Tensor
-    selected_TK: Tensor
-    kept_TK: None = None
-
-    @property
-    def num_experts(self) -> int:
-        return self.weight_TE.shape[1]
-
-    @cached_property
-    def counts_E(self) -> Tensor:
-        T, E = self.weight_TE.shape
-        return torch.full((E,), T, dtype=torch.int64, device=self.weight_TE.device)
-
-    @cached_property
-    def selected_E(self) -> Tensor:
-        return count(self.selected_TK.reshape(-1), self.num_experts)
-
-    @property
-    def kept_E(self) -> Tensor:
-        return self.selected_E
-
-    def gather(self, x_TD: Tensor) -> Tensor:
-        return x_TD.repeat(self.num_experts, 1)
-
-    def combine(self, rows_ND: Tensor) -> Tensor:
-        T, E = self.weight_TE.shape
-        return torch.einsum("etd,te->td", rows_ND.view(E, T, -1), self.weight_TE.to(rows_ND.dtype))
-
-    def importance_E(self) -> Tensor:
-        return self.weight_TE.sum(0)
-
-    def harden(self, k: int) -> Assignments:
-        expert_TK = self.selected_TK[:, :k]
-        return _hardened(expert_TK, self.weight_TE.gather(1, expert_TK), self.weight_TE, self.num_experts)
-
-
-def _hardened(expert_TK: Tensor, weight_TK: Tensor, all_TX: Tensor, num_experts: int) -> Assignments:
-    return Assignments(expert_TK, shares(weight_TK) * all_TX.sum(-1, keepdim=True), num_experts)
-
-
-Plan = Assignments | Mixture
-
-
 @dataclass(frozen=True)
 class Routing:
     """One layer's decision on one batch; a field is None where the router has no such thing.
@@ -235,18 +58,6 @@ class Routing:
     noisy_TE: Tensor | None = None
     noise_std_TE: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def shares(weight_TK: Tensor) -> Tensor:
-    """Weights over their row sum; rows below 1e-20 (sigmoids of logits under -46) fade to 0, not to 0 / 0."""
-    return weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(1e-20)
-
-
-def count(index_N: Tensor, size: int) -> Tensor:
-    """How often each of 0..size-1 occurs, int64 [size]; unlike bincount it never waits for the device."""
-    return torch.zeros(size, dtype=torch.int64, device=index_N.device).scatter_add_(
-        0, index_N, torch.ones_like(index_N)
-    )
 
 
 class Router(nn.Module):

@@ -20,7 +20,8 @@ MAY: dict[str, set[str]] = {
     "presets": set(),
     "run": {"durable"},
     "checkpoint": {"durable"},
-    "routing": {"seeding"},
+    "plans": set(),
+    "routing": {"plans", "seeding"},
     "settings": {"config"},
     "schedules": {"config"},
     "optim": {"config"},
@@ -30,7 +31,7 @@ MAY: dict[str, set[str]] = {
     "model": {"config", "routing", "seeding"},
     "datasets": {"config", "seeding"},
     "sinks": {"config"},
-    "observe": {"routing", "model"},
+    "observe": {"plans", "routing", "model"},
     "probes": {"routing", "model"},
     "loop": {
         "routing",

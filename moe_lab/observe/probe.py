@@ -13,7 +13,7 @@ from moe_lab.model.moe import MoE
 from moe_lab.observe import dynamics, geometry
 from moe_lab.observe.recorder import to_host
 from moe_lab.observe.window import View
-from moe_lab.routing import count
+from moe_lab.plans import count
 
 PROBE_TOKENS = 4096  # the first of the validation batches, which are the same at every evaluation
 

@@ -52,7 +52,7 @@ MAY: dict[str, set[str]] = {
         *("run", "checkpoint", "config", "settings", "assemble", "loop", "evaluate", "cost", "observe", "sinks"),
         *("datasets", "model", "probes"),
     },
-    "loading": {"run", "checkpoint", "assemble", "loop"},
+    "loading": {"run", "checkpoint", "assemble", "loop", "model"},
     "recorded": {"run"},
     "naming": {"run", "settings"},
     "mistakes": {"config", "presets"},

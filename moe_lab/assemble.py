@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moe_lab.config import build
+from moe_lab.datasets.base import Data
 from moe_lab.loop import Parts
 from moe_lab.model.transformer import Transformer
 from moe_lab.seeding import initialise
@@ -26,7 +27,7 @@ def assemble(cfg: dict[str, Any]) -> Parts:
     settings: Settings = build("root", {"name": "train"} | {key: cfg[key] for key in ROOT})
     device, dtype = place(settings)
     objective = build("objective", cfg["objective"])
-    data = build("dataset", cfg["dataset"]).prepare(cache_folder(), settings.seq_len)
+    data = prepare(cfg)
     vocabulary = data.vocab_size + objective.extra_tokens
     model: Transformer = build("model", cfg["model"], vocabulary, objective.causal, cfg["router"], cfg["experts"])
     initialise(model, settings.seed)
@@ -44,6 +45,11 @@ def assemble(cfg: dict[str, Any]) -> Parts:
         device=device,
         dtype=dtype,
     )
+
+
+def prepare(cfg: dict[str, Any]) -> Data:
+    """The dataset of a config, from its cache or built into it."""
+    return build("dataset", cfg["dataset"]).prepare(cache_folder(), cfg["seq_len"])
 
 
 ROOT = tuple(Settings.__dataclass_fields__)

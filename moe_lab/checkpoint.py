@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,14 +54,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint whose checksums hold; damaged ones are skipped with a line. None where there is none."""
-    for left in folder.glob(".step-*.tmp.*"):
-        shutil.rmtree(left)
-    for path in reversed(_steps(folder)):
+    """The newest checkpoint whose checksums hold; damaged ones are skipped with a line. None where there is none.
+
+    ValueError where there are some and none is whole.
+    """
+    found = _steps(folder)
+    for path in reversed(found):
         problem = damage(path)
         if problem is None:
             return load_checkpoint(path)
         log.warning("checkpoint %s is damaged (%s); trying the one before", path.name, problem)
+    if found:
+        raise ValueError(f"{folder}: every checkpoint is damaged")
     return None
 
 
@@ -84,4 +89,4 @@ def damage(path: Path) -> str | None:
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name) and path.is_dir())

@@ -22,7 +22,10 @@ class Evaluator:
         s = parts.settings
         self.micro = s.batch_size // parts.optim.accumulate
         self.probe = Probe(parts.model.moes)
-        self.lines = {f"eval/{name}": nats for name, nats in parts.data.ngram().items()}
+        lines = parts.data.ngram()
+        if not parts.objective.causal:  # who sees both sides has no use for the token before
+            lines.pop("bigram", None)
+        self.lines = {f"eval/{name}": nats for name, nats in lines.items()}
 
     def __call__(self, values: Values) -> dict:
         """eval/... and the moe/... values that only an evaluation gives, with the schedules' values of that step."""
@@ -88,6 +91,6 @@ class Evaluator:
     def _probe(self) -> Examples:
         """The first validation batch, or the first training batch where there is no validation."""
         parts, s = self.parts, self.parts.settings
-        raw = next(parts.data.valid_batches(self.micro, s.seq_len, 1), None)
+        raw = next(parts.data.valid_batches(self.micro, s.seq_len, self.micro * s.seq_len), None)
         raw = raw or parts.data.train_batch(s.seed, 0, self.micro, s.seq_len)
         return examples(parts, raw.ids, raw.domain, seeding.generator(s.seed, "probe mask"))

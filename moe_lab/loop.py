@@ -144,7 +144,7 @@ class Loop:
         """Clip and apply the gradients. A step with a non-finite gradient is skipped on the device and remembered."""
         clip = self.parts.optim.clip
         norm = torch.nn.utils.clip_grad_norm_(self.parts.model.parameters(), math.inf if clip is None else clip)
-        bad = ~torch.isfinite(norm)
+        bad = ~torch.isfinite(norm) | (self.sums[-1] > 0)  # once bad, nothing more is applied
         self.optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue] (read by fused AdamW)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

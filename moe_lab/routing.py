@@ -7,7 +7,7 @@ read the same value that trained the model.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Routing:
 
     logits_TE: clean scores, fp32. probs_TE: the clean gate as a distribution over experts at the current temperature,
     free of noise: what balance losses differentiate. noisy_TE, noise_std_TE: the scores that chose, and the standard
-    deviation of their noise (Shazeer's load needs both). extra: named tensors of one router's own.
+    deviation of their noise (Shazeer's load needs both).
     """
 
     plan: Plan
@@ -57,7 +57,6 @@ class Routing:
     probs_TE: Tensor
     noisy_TE: Tensor | None = None
     noise_std_TE: Tensor | None = None
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Router(nn.Module):

@@ -3,9 +3,13 @@
 metrics.jsonl is the truth and holds nothing that a clock made; everything a clock made is in timing.jsonl.
 """
 
+import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import json
+import logging
 import math
 import os
 import platform
@@ -22,6 +26,7 @@ import yaml
 
 from moe_lab import __version__, durable
 
+log = logging.getLogger(__name__)
 Config = Mapping[str, Any]
 SECRET = re.compile(r"(?i)(^|[_.-])(api_?key|key|token|secret|password|passwd|credentials?)$")
 USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
@@ -54,10 +59,15 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Stop(4, f"{self.folder}: another process is running here") from None
-        self.attempt = (read_status(self.folder) or {}).get("attempt", 0) + 1
-        self._status("created")
-        durable.write(self.folder / "config.yaml", yaml.safe_dump(redacted(self.cfg), sort_keys=False).encode())
-        durable.write(self.folder / "overrides.txt", "".join(f"{redact(o)}\n" for o in self.overrides).encode())
+        before = read_status(self.folder)
+        self.attempt, self.step = (before["attempt"] + 1, before["step"]) if before else (1, 0)
+        self.began = False
+        if self._holds_results() and not same_run(self.folder, self.cfg):
+            self._lock.close()
+            raise Stop(4, f"{self.folder}: holds a run of another config; choose another directory")
+        durable.sweep(self.folder)
+        if before is None:
+            self._status("created")
         self._metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         self._timing = open(self.folder / "timing.jsonl", "ab", buffering=0)
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -65,29 +75,46 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        for s, handler in self._handlers.items():
-            signal.signal(s, handler)
-        for handle in (self._metrics, self._timing):
-            handle.close()
-        self._status(_status_of(error), None if error is None else f"{type(error).__name__}: {error}".rstrip(": "))
-        self._lock.close()
+        try:
+            for s, handler in self._handlers.items():
+                signal.signal(s, handler)
+            for handle in (self._metrics, self._timing):
+                handle.close()
+            # An attempt that was refused before it began leaves what an earlier one said.
+            if self.began or self.attempt == 1:
+                self._status(*outcome(error))
+        finally:
+            self._lock.close()
 
-    def start(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Record the machine and what was built, and return it; the run counts as running from here."""
-        env = environment() | {"config_hash": config_hash(self.cfg), "choices": dict(self.choices)} | dict(facts)
+    def _holds_results(self) -> bool:
+        metrics = self.folder / "metrics.jsonl"
+        return self.checkpoints.exists() or (metrics.exists() and metrics.stat().st_size > 0)
+
+    def start(self, facts: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """Record config, machine and what was built, and return the latter; the run counts as running from here."""
+        env = environment() | {"config_hash": config_hash(self.cfg), "choices": dict(self.choices)} | redacted(facts)
+        for name, then, now in moved(self.folder, env):
+            log.warning("%s was %s and is now %s: the numbers may differ in their last digits", name, then, now)
+        self.began, self.step = True, step
+        durable.write(self.folder / "config.yaml", yaml.safe_dump(redacted(self.cfg), sort_keys=False).encode())
+        durable.write(self.folder / "overrides.txt", "".join(f"{redact(o)}\n" for o in self.overrides).encode())
         durable.write_json(self.folder / "env.json", env)
         self._status("running")
         return env
 
     def row(self, row: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl and its clocks to timing.jsonl."""
-        self.step = row["step"]
-        self._metrics.write(encode(row))
-        self._timing.write(encode(timing))
+        write_whole(self._metrics, encode(row))
+        write_whole(self._timing, encode(timing))
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows written so far."""
         return read_rows(self.folder / "metrics.jsonl")
+
+    def elapsed(self) -> float:
+        """Seconds of training that earlier attempts took."""
+        timing = lenient_rows(self.folder / "timing.jsonl")
+        return timing[-1]["elapsed"] if timing else 0.0
 
     def sync(self) -> int:
         """Make the rows durable and return the length of metrics.jsonl."""
@@ -96,12 +123,14 @@ class Run:
 
     def rewind(self, size: int) -> None:
         """Forget rows beyond a checkpoint: a resumed run writes them again."""
+        if os.fstat(self._metrics.fileno()).st_size < size:
+            raise Stop(4, f"{self.folder}/metrics.jsonl: shorter than its checkpoint says; rows are missing")
         os.truncate(self._metrics.fileno(), size)
         known = {row["step"] for row in self.rows()}
-        kept = [row for row in read_rows(self.folder / "timing.jsonl") if row["step"] in known]
-        self._timing.truncate(0)
-        for row in kept:
-            self._timing.write(encode(row))
+        kept = [encode(row) for row in lenient_rows(self.folder / "timing.jsonl") if row["step"] in known]
+        self._timing.close()
+        durable.write(self.folder / "timing.jsonl", b"".join(kept))
+        self._timing = open(self.folder / "timing.jsonl", "ab", buffering=0)  # noqa: SIM115
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         durable.write_json(self.folder / "summary.json", finite(summary))
@@ -116,14 +145,52 @@ class Run:
         self.stop_signal = signal.Signals(number).name
 
 
-def _status_of(error: BaseException | None) -> str:
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+
+
+def outcome(error: BaseException | None) -> tuple[str, str | None]:
+    """The status that a run ends with, and the error in one line."""
     if error is None:
-        return "completed"
+        return "completed", None
     if isinstance(error, Stop):
-        return {3: "diverged", 75: "preempted"}.get(error.code, "failed")
+        return {3: "diverged", 75: "preempted"}.get(error.code, "failed"), error.message
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
     if isinstance(error, KeyboardInterrupt):
-        return "preempted"
-    return "oom" if isinstance(error, MemoryError) or "out of memory" in str(error).lower() else "failed"
+        return "preempted", text
+    full = isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+    return "oom" if full else "failed", text
+
+
+def same_run(folder: Path, cfg: Config) -> bool:
+    """Whether the run recorded in a directory has the numbers of `cfg`; a directory without a record has not."""
+    try:
+        return config_hash(yaml.safe_load((folder / "config.yaml").read_text())) == config_hash(cfg)
+    except FileNotFoundError:
+        return False
+
+
+def moved(folder: Path, env: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(what, then, now) for surroundings on which the last digits depend and which changed since the last attempt.
+
+    Stop(4) where the run would go on in other arithmetic altogether.
+    """
+    try:
+        old = json.loads((folder / "env.json").read_text())
+    except FileNotFoundError:
+        return []
+    for key in ("device", "dtype"):
+        if old[key] != env[key]:
+            raise Stop(
+                4, f"{folder}: this run began with {key}={old[key]} and would go on with {key}={env[key]}; say {key}"
+            )
+    then, now = ({"threads": e["threads"], "torch": e["versions"]["torch"], "cpu": e["cpu"]} for e in (old, env))
+    return [(key, then[key], now[key]) for key in then if then[key] != now[key]]
+
+
+def write_whole(file: io.FileIO, content: bytes) -> None:
+    """One write for all of it: a disk that takes a part is full, and a torn row must not be built upon."""
+    if file.write(content) != len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
 
 def encode(row: Mapping[str, Any]) -> bytes:
@@ -146,6 +213,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
+def lenient_rows(path: Path) -> list[dict[str, Any]]:
+    """The readable rows of a file that nothing depends on."""
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def read_status(folder: Path) -> dict[str, Any] | None:
     try:
         return json.loads((folder / "status.json").read_text())
@@ -155,7 +231,7 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 def config_hash(cfg: Config) -> str:
     """sha256 (16 hex digits) of the part of a config that decides a run's numbers."""
-    numbers = {key: value for key, value in cfg.items() if key not in NOT_NUMBERS}
+    numbers = redacted({key: value for key, value in cfg.items() if key not in NOT_NUMBERS})
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -168,7 +244,9 @@ def redact(text: str) -> str:
 def redacted(node: Any) -> Any:
     """A config without values of secret-looking keys or user names and passwords in URLs."""
     if isinstance(node, Mapping):
-        return {k: "[redacted]" if SECRET.search(str(k)) and v is not None else redacted(v) for k, v in node.items()}
+        return {
+            k: "[redacted]" if SECRET.search(str(k)) and isinstance(v, str) else redacted(v) for k, v in node.items()
+        }
     if isinstance(node, list):
         return [redacted(v) for v in node]
     return USER_INFO.sub("[redacted]@", node) if isinstance(node, str) else node

@@ -43,4 +43,5 @@ def noise(kind: str, shape: tuple[int, ...], *key: int | str) -> torch.Tensor:
     if kind == "gaussian":
         return torch.randn(shape, generator=g)
     assert kind == "gumbel", kind
-    return -torch.empty(shape).exponential_(generator=g).log()
+    # Some builds draw an exact 0 now and then, whose Gumbel would be infinite.
+    return -torch.empty(shape).exponential_(generator=g).clamp_min_(torch.finfo(torch.float32).tiny).log()

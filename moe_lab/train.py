@@ -12,14 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from moe_lab import checkpoint
-from moe_lab.assemble import assemble
+from moe_lab.assemble import assemble, prepare
 from moe_lab.config import build, registered
 from moe_lab.cost import cost
 from moe_lab.evaluate import Evaluator
 from moe_lab.loop import Loop, Parts
 from moe_lab.observe.recorder import Recorder
 from moe_lab.observe.verdict import Judge
-from moe_lab.run import Run, Stop, config_hash, read_status, redacted
+from moe_lab.run import Run, Stop, outcome, read_status, redacted, same_run
 from moe_lab.settings import quick
 from moe_lab.sinks.base import Sink
 from moe_lab.sinks.console import Console
@@ -36,14 +36,19 @@ def train(cfg: dict[str, Any], run_dir: Path, overrides: list[str], choices: Map
     if cfg["fast"]:
         cfg = quick(cfg)
     status = read_status(run_dir)
-    if status and _same_run(run_dir, cfg):
-        if status["status"] == "completed":
-            return json.loads((run_dir / "summary.json").read_text())
-    elif status and status["step"]:
-        raise Stop(4, f"{run_dir}: holds a run of another config; choose another directory")
+    if status and status["status"] == "completed" and same_run(run_dir, cfg):
+        return _finished(run_dir, cfg)
     keep_freed_memory()
     with Run(run_dir, cfg, overrides, choices) as run:
         return Training(run, assemble(cfg)).go()
+
+
+def _finished(run_dir: Path, cfg: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a finished run, if its data is still the same."""
+    data = prepare(cfg)
+    if json.loads((run_dir / "env.json").read_text())["dataset"]["fingerprint"] != data.fingerprint:
+        raise Stop(4, f"{run_dir}: holds this run on other data (its fingerprint differs); choose another directory")
+    return json.loads((run_dir / "summary.json").read_text())
 
 
 def resume(run_dir: Path, cfg: dict[str, Any]) -> dict[str, Any]:
@@ -51,13 +56,6 @@ def resume(run_dir: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     env = json.loads((run_dir / "env.json").read_text())
     overrides = (run_dir / "overrides.txt").read_text().splitlines()
     return train(cfg | {"fast": False}, run_dir, overrides, env["choices"])
-
-
-def _same_run(run_dir: Path, cfg: dict[str, Any]) -> bool:
-    try:
-        return json.loads((run_dir / "env.json").read_text())["config_hash"] == config_hash(cfg)
-    except FileNotFoundError:
-        return True  # it never began
 
 
 class Training:
@@ -72,6 +70,7 @@ class Training:
         E = moes[0].experts.num if moes else 1
         self.judge = Judge(E, moes[0].router.k if moes else 1, domains, run.cfg)
         self.last_row = 0
+        self.earlier = 0.0  # seconds that earlier attempts took
         self.last_eval: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
         self.alive: dict[str, Any] = {}
@@ -79,44 +78,59 @@ class Training:
 
     def go(self) -> dict[str, Any]:
         """Train to the end, or raise Stop; the sinks are closed either way."""
-        start = self._restore()
-        self._open_sinks(self.run.start(self._facts(start)))
-        log.info("attempt %d starts after step %d of %d", self.run.attempt, start, self.parts.settings.steps)
-        status, error = "failed", None
+        self.began_at = self._restore()
+        env = self.run.start(self._facts(), self.began_at)
+        error: BaseException | None = None
         try:
-            self._steps(start)
-            status = "completed"
-        except Stop as stop:
-            status, error = ("preempted", None) if stop.code == 75 else ("diverged", stop.message)
+            self._open_sinks(env)
+            self._steps()
+        except BaseException as reason:
+            error = reason
             raise
         finally:
-            log.info("%s after step %s", status, self.last.get("step", 0))
-            summary = self._summary(status) | {"error": error}
+            summary = self._end(error)
+        return summary
+
+    def _end(self, error: BaseException | None) -> dict[str, Any]:
+        """Summary and closed sinks, whatever happened; nothing here may hide the error."""
+        status, why = outcome(error)
+        log.info("%s after step %s", status, self.run.step)
+        summary = self._summary(status) | {"error": None if status == "preempted" else why}
+        try:
             self.run.summarise(summary)
+        except OSError:
+            if error is None:
+                raise
+            log.warning("summary.json could not be written")
+        finally:
             for sink in reversed(self.sinks):
                 sink.close(status, summary)
         return summary
 
-    def _steps(self, start: int) -> None:
-        s = self.parts.settings
+    def _steps(self) -> None:
+        s, start = self.parts.settings, self.began_at
+        log.info("attempt %d starts after step %d of %d", self.run.attempt, start, s.steps)
         self.began = self.clock = time.monotonic()
-        self.began_at = start
+        self.clocked = start
         if start == 0:
             self.alive = self.evaluator.alive(self.parts.schedules.at(0, s.steps))
+        self._heed_signal()
         for done in range(start + 1, s.steps + 1):
             self.loop.step(done - 1)
             if self.parts.device.type == "cpu":
                 self._stop_if_diverged()
+            self.run.step = done
             if s.logs_at(done):
                 self._row(done)
             if done % s.checkpoint.every == 0 or done == s.steps or self.run.stop_signal:
                 self._checkpoint(done)
-            if self.run.stop_signal and done < s.steps:
-                raise Stop(
-                    75,
-                    f"stopped by {self.run.stop_signal} after step {done}; go on with: "
-                    f"moe-lab train resume={self.run.folder}",
-                )
+            if done < s.steps:
+                self._heed_signal()
+
+    def _heed_signal(self) -> None:
+        if self.run.stop_signal:
+            again = f"go on with: moe-lab train resume={self.run.folder}" if self.run.step else "it had not begun"
+            raise Stop(75, f"stopped by {self.run.stop_signal} after step {self.run.step}; {again}")
 
     def _row(self, done: int) -> None:
         """Everything that is said about the updates since the last row."""
@@ -138,7 +152,7 @@ class Training:
             log.info("layer %d: %s -> %s at step %d: %s", change.layer, change.old, change.new, done, change.why)
             for sink in self.sinks:
                 sink.verdict(done, change.layer, change.old, change.new, change.why, change.remedies)
-        self.last, self.last_row, self.clock = row, done, time.monotonic()
+        self.last, self.last_row, self.clocked, self.clock = row, done, done, time.monotonic()
 
     def _stop_if_diverged(self) -> None:
         at = self.loop.diverged_at()
@@ -153,16 +167,17 @@ class Training:
         """Clocks of a row: throughput of training alone, and the time that the rest will take at the pace so far."""
         s = self.parts.settings
         elapsed = time.monotonic() - self.began
-        tokens = (done - self.last_row) * s.batch_size * s.seq_len
+        tokens = (done - self.clocked) * s.batch_size * s.seq_len
         eta = elapsed / (done - self.began_at) * (s.steps - done)
-        return {"step": done, "time": time.time(), "elapsed": elapsed, "tokens_per_s": tokens / seconds, "eta": eta}
+        clocks = {"tokens_per_s": tokens / seconds, "eta": eta}
+        return {"step": done, "time": time.time(), "elapsed": self.earlier + elapsed} | clocks
 
     def _summary(self, status: str) -> dict[str, Any]:
         row = self.last
         scalars = {key: v for key, v in row.items() if isinstance(v, int | float) and not key.startswith("eval/")}
         return {
             "status": status,
-            "steps": row.get("step", 0),
+            "steps": self.run.step,
             "tokens": self.loop.tokens,
             "loss": row.get("loss"),
             "ppl": row.get("ppl"),
@@ -170,11 +185,11 @@ class Training:
             "verdicts": self.judge.report(),
             "final": scalars,
             "cost": cost(self.parts),
-            "wall_s": time.monotonic() - self.run.started,
+            "wall_s": self.earlier + time.monotonic() - self.run.started,
         }
 
-    def _facts(self, start: int) -> dict[str, Any]:
-        parts, cfg, moes = self.parts, self.run.cfg, self.parts.model.moes
+    def _facts(self) -> dict[str, Any]:
+        parts, moes = self.parts, self.parts.model.moes
         return {
             "dataset": {"fingerprint": parts.data.fingerprint, "domains": parts.data.domains, **parts.data.about},
             "cost": cost(parts),
@@ -184,8 +199,7 @@ class Training:
             "steps": parts.settings.steps,
             "device": str(parts.device),
             "dtype": str(parts.dtype).removeprefix("torch."),
-            "resumed_from": start or None,
-            "tags": [cfg["router"]["name"], parts.data.name, *cfg["balance"]],
+            "resumed_from": self.began_at or None,
         }
 
     def _open_sinks(self, facts: dict[str, Any]) -> None:
@@ -223,7 +237,10 @@ class Training:
 
     def _restore(self) -> int:
         """Load the newest checkpoint of the run's directory and return its step; 0 where there is none."""
-        found = checkpoint.newest(self.run.checkpoints)
+        try:
+            found = checkpoint.newest(self.run.checkpoints)
+        except ValueError as error:
+            raise Stop(4, str(error)) from None
         if found is None:
             self.run.rewind(0)
             return 0
@@ -246,6 +263,7 @@ class Training:
         loop.sums.copy_(found.state["sums"])
         loop.tokens, self.last_row = values["tokens"], values["last_row"]
         self.run.rewind(values["metrics_bytes"])
+        self.earlier = self.run.elapsed()
         for row in self.run.rows():
             self.judge.see(row)
             self.last = row

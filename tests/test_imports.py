@@ -47,7 +47,7 @@ MAY: dict[str, set[str]] = {
     },
     "cost": {"loop", "model"},
     "evaluate": {"loop", "observe", "probes", "schedules", "seeding"},
-    "assemble": {"config", "settings", "model", "seeding", "loop"},
+    "assemble": {"config", "settings", "model", "seeding", "loop", "datasets"},
     "train": {
         *("run", "checkpoint", "config", "settings", "assemble", "loop", "evaluate", "cost", "observe", "sinks"),
         *("datasets", "model", "probes"),

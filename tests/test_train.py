@@ -15,6 +15,7 @@ from moe_lab.assemble import assemble
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.checkpoint import newest as find_newest
 from moe_lab.cost import cost
+from moe_lab.evaluate import Evaluator
 from moe_lab.loop import Loop
 from moe_lab.run import Stop
 from moe_lab.train import train
@@ -73,7 +74,8 @@ def test_every_model_size_builds_and_runs(size: str) -> None:
     assert len(parts.model.moes) == cfg["model"]["layers"]
 
 
-def test_runs_that_differ_in_the_router_share_weights_and_batches() -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_runs_that_differ_in_the_router_share_weights_and_batches(every: int) -> None:
     a, b = (
         assemble(tiny(f"router={name}", f"balance=[{balance}]"))
         for name, balance in [("topk", ""), ("gumbel_ste", "switch")]
@@ -165,6 +167,19 @@ def test_micro_batches_add_up(tmp_path: Path) -> None:
         for key in ("loss", "grad_norm"):
             assert one[key] == pytest.approx(four[key], rel=1e-4)
         assert one["moe/load_cv"] == pytest.approx(four["moe/load_cv"], rel=1e-6)
+
+
+def test_importance_loss_is_the_square_of_its_metric(tmp_path: Path) -> None:
+    """Over a window of one update of one micro-batch: what is pushed is what is shown."""
+    run(tmp_path, "router=topk", "balance=[importance]", "balance.importance.weight=1", "steps=3")
+    for row in load(tmp_path).metrics:
+        expected = sum(cv**2 for cv in row["moe/gate_mass_cv"]) / 2
+        assert row["term/importance"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_liveness_looks_at_a_whole_batch() -> None:
+    parts = assemble(tiny("batch_size=16", "eval_tokens=16"))
+    assert Evaluator(parts)._probe().inputs.shape == (16, 32)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(

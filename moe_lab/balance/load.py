@@ -33,6 +33,8 @@ class Load(Balancer):
                 f"balance.load: needs Gaussian noise on the logits, router={router['name']} has {noise}; "
                 "try router=noisy_topk or router.noise=gaussian"
             ]
+        if "loss_free" in cfg["balance"]:
+            return ["balance.load: knows nothing of the bias that balance.loss_free moves; take one of them"]
         if router["k"] >= cfg["experts"]["num"]:
             return [
                 f"balance.load: nothing to choose with router.k={router['k']} of experts.num={cfg['experts']['num']}"

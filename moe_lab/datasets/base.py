@@ -55,7 +55,6 @@ class Data:
         self.about: dict[str, Any] = {**meta["about"], **(about or {})}
         self._cache = cache
         self._decode = decode
-        self._epoch = lru_cache(maxsize=4)(self._draw_epoch)
 
     def train_batch(self, seed: int, step: int, batch_size: int, seq_len: int) -> Batch:
         """Batch number `step` (from 0) of the endless sequence of shuffled epochs; a pure function.
@@ -69,7 +68,7 @@ class Data:
         start_B = np.empty_like(place_B)
         for epoch in np.unique(epoch_B):
             here = epoch_B == epoch
-            starts = self._epoch(seed, int(epoch), blocks, seq_len)
+            starts = _draw_epoch(seed, int(epoch), self.num_train, seq_len)
             start_B[here] = starts[index_B[here]]
         return self._read("train", start_B, seq_len)
 
@@ -104,12 +103,6 @@ class Data:
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Token ids as text."""
         return self._decode(ids.tolist() if isinstance(ids, Tensor) else list(ids))
-
-    def _draw_epoch(self, seed: int, epoch: int, blocks: int, seq_len: int) -> np.ndarray:
-        g = generator(seed, "data", epoch)
-        slack = min(seq_len - 1, self.num_train - 1 - blocks * seq_len)
-        phase = int(torch.randint(slack + 1, (), generator=g))
-        return torch.randperm(blocks, generator=g).numpy() * seq_len + phase
 
     def _domain(self, split: str, positions: np.ndarray) -> np.ndarray:
         domains = self._cache.domains[split]
@@ -157,3 +150,12 @@ class Dataset(ABC):
                 f"give it more text or set seq_len to at most {max(data.num_train - 1, 1)}"
             )
         return data
+
+
+@lru_cache(maxsize=4)
+def _draw_epoch(seed: int, epoch: int, num_tokens: int, seq_len: int) -> np.ndarray:
+    """Where the blocks of an epoch start: from a random phase, in random order."""
+    blocks, g = _num_blocks(num_tokens, seq_len), generator(seed, "data", epoch)
+    slack = min(seq_len - 1, num_tokens - 1 - blocks * seq_len)
+    phase = int(torch.randint(slack + 1, (), generator=g))
+    return torch.randperm(blocks, generator=g).numpy() * seq_len + phase

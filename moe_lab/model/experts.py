@@ -4,7 +4,8 @@ Shapes: N rows sorted by expert, D width, F hidden, E experts, I input-side neur
 """
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,14 @@ class Experts(nn.Module):
     def read_in_EFD(self) -> Tensor:
         """Each expert's input-side rows (the gate's for gated experts), [E, F, D]."""
         return self.w_in_EDI[:, :, : self.width].transpose(1, 2)
+
+    @classmethod
+    def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+        sizes = {"experts.width": node["width"] or 8, "model.dim": cfg["model"]["dim"]}
+        odd = [f"{name}={size}" for name, size in sizes.items() if size % 8]
+        if node["backend"] == "grouped" and odd:
+            return [f"{', '.join(odd)}: experts.backend=grouped needs multiples of 8; experts.backend=auto takes any"]
+        return []
 
     def _product(self, rows_ND: Tensor):
         """grouped_mm has no fp64 and needs rows of whole 16 bytes (torch 2.13)."""

@@ -155,9 +155,11 @@ class Transformer(nn.Module):
 def _feed(
     dim: int, depth: int, router: Mapping[str, Any], experts: Mapping[str, Any], sparse: bool, moe: bool
 ) -> MoE | FeedForward:
-    """A MoE layer, or a dense network as wide as what one token uses of it."""
+    """A MoE layer, or a dense network: as wide as one expert, or as what one token uses where it stands for the MoE."""
     bank = build("experts", experts, dim, depth)
+    if not sparse:  # between the MoE layers; the same whatever the router
+        return FeedForward(dim, bank.width, type(bank), depth)
     gate = build("router", router, dim, bank.num)
-    if sparse and moe:
+    if moe:
         return MoE(gate, bank, depth)
     return FeedForward(dim, (gate.active + bank.shared_experts) * bank.width, type(bank), depth)

@@ -51,7 +51,6 @@ class Evidence:
     swing: float
     back: float
     ratio: float
-    tokens: float
 
 
 class Layer:
@@ -125,7 +124,6 @@ class Layer:
             swing=swing,
             back=back,
             ratio=self.ratio,
-            tokens=float(weights.sum()),
         )
 
     def dead(self) -> int:

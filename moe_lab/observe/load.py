@@ -100,8 +100,20 @@ declare(
     collapsed="sqrt(E - 1) where the gate is one-hot, less where it is soft",
     floor="std_t(p_te) / (mean p sqrt(T)): none where the gate is the same for all tokens",
     worst="max",
-    source="arXiv 1701.06538",
-    reads="Spread of the gate's mass. Below load_cv: the choice is more skewed than the probabilities behind it.",
+    source="the P of arXiv 2101.03961",
+    reads="Spread of the probabilities. Below load_cv: the choice is more skewed than the probabilities behind it.",
+)
+declare(
+    "gate_mass_cv",
+    TOPIC,
+    "CV over experts of sum_t w_te; w = the combine weights of the chosen experts, before capacity",
+    span=("0", "sqrt(E - 1)"),
+    balanced="0",
+    collapsed="sqrt(E/k - 1) where k experts share all weight evenly, up to sqrt(E - 1)",
+    floor="that of load_cv where the weights are even",
+    worst="max",
+    source="arXiv 1701.06538 (there: importance)",
+    reads="What balance=[importance] pushes down: its loss is the square of this, per micro-batch.",
 )
 declare(
     "max_vio",

@@ -66,6 +66,7 @@ class Recorder:
             "load_cv": load.cv(selected_LE),
             "load_cv_of_ceiling": load.cv_of_ceiling(selected_LE, k),
             "importance_cv": load.cv(sums["importance"]),
+            "gate_mass_cv": load.cv(sums["gate_mass"]),
             "max_vio": load.max_vio(selected_LE),
             "load_gini": load.gini(selected_LE),
             "load_min_max": load.min_max(selected_LE),

@@ -98,7 +98,7 @@ def _print(runs: list[Recorded], everything: bool) -> None:
         table.add_row(Text(title if shown else f"{title}: no difference", "dim italic"))
         for name, values in shown.items():
             cells = [Text(printable(_shown(value))) for value in values]
-            table.add_row(f"  {name}", *cells, *([_change(*values)] if len(runs) == 2 else []))
+            table.add_row(Text(printable(f"  {name}")), *cells, *([_change(*values)] if len(runs) == 2 else []))
         table.add_section()
     console = Console()
     if not console.is_terminal:

@@ -74,6 +74,8 @@ MISTAKES = {
     # combinations
     "router.k=99": ["router.k=99", "experts.num"],
     "balance=[load]": ["balance.load", "noise"],
+    "router=noisy_topk balance=[load,loss_free]": ["balance.load", "balance.loss_free"],
+    "experts.backend=grouped experts.width=30": ["experts.width=30", "multiples of 8"],
     "batch_size=3 optim.accumulate=2": ["optim.accumulate=2", "batch_size=3"],
     "dataset=text": ["dataset.paths"],
     # the language

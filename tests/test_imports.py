@@ -29,7 +29,7 @@ MAY: dict[str, set[str]] = {
     "routers": {"config", "routing", "seeding"},
     "balance": {"config", "routing"},
     "model": {"config", "routing", "seeding"},
-    "datasets": {"config", "seeding"},
+    "datasets": {"config", "durable", "seeding"},
     "sinks": {"config"},
     "observe": {"plans", "routing", "model"},
     "probes": {"routing", "model"},

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_lab import durable
+
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # part of every key: raise it when the same input would give other files
@@ -55,7 +57,7 @@ class TokenCache:
         except (OSError, ValueError):
             value = compute()
         try:
-            _write_atomically(path, json.dumps(value).encode())
+            durable.write(path, json.dumps(value).encode())
         except OSError as error:  # a read-only cache still serves
             log.warning("%s is not kept: %s", path, error)
         return value
@@ -109,7 +111,7 @@ class Writer:
             "checks": {path.name: {"bytes": path.stat().st_size, "sample": _quick(path)} for path in paths},
         }
         sealed = {"sha256": _seal(self.meta), "meta": self.meta}
-        _write_atomically(self.folder / "meta.json", json.dumps(sealed, indent=1).encode())
+        durable.write(self.folder / "meta.json", json.dumps(sealed, indent=1).encode())
 
 
 def open_or_build(cache_dir: Path, name: str, identity: Any, build: Callable[[Path], None]) -> TokenCache:
@@ -158,15 +160,7 @@ def _replace(fresh: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         fresh.rename(folder)
-    _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    durable.sync_folder(folder.parent)
 
 
 @contextmanager
@@ -217,17 +211,6 @@ def _quick(path: Path) -> str:
 
 def _seal(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(descriptor)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-    _sync(path.parent)
 
 
 def _smallest(values: int) -> str:

@@ -158,6 +158,15 @@ def test_short_repeated_rows_stay_but_never_in_validation(tmp_path: Path):
     assert train.count("= History =") == 50 and "History" not in valid and len(valid) > 33
 
 
+def test_nothing_but_repeated_rows_leaves_no_validation(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for i in range(100):
+        (folder / f"{i:03}.txt").write_text("= History of the place =\nin two lines\n")
+    data = Text(paths=[str(folder)], valid_fraction=0.5).prepare(tmp_path / "cache", 4)
+    assert data.num_valid == 0 and "validation is off" in caplog.text
+
+
 def test_the_domain_of_every_token_is_that_of_its_file(tmp_path: Path):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(f"{name}{name}\n" * 400)

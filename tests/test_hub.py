@@ -48,6 +48,29 @@ def test_limits_and_a_folder(rows: Path, tmp_path: Path):
     assert "held" not in own.decode(own._cache.tokens["train"].tolist())
 
 
+def test_a_validation_split_that_copies_train(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Rows too short to count as copies within train may still not stand in both parts."""
+    folder = tmp_path / "repo"
+    folder.mkdir()
+
+    def write(split: str, texts: list[str]) -> None:
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    train, fresh = [f"short row {i}" for i in range(400)], [f"fresh row {i}" for i in range(100)]
+    write("train", [*train, *train[:5]])
+    write("validation", [text for pair in zip(train, fresh, strict=False) for text in pair])
+    hub = Hub(repo=str(folder), valid_split="validation", valid_fraction=0.5)
+    data = hub.prepare(tmp_path / "cache", 32)
+    lines = {part: data.decode(data._cache.tokens[part].tolist()).splitlines() for part in ("train", "valid")}
+    assert lines == {"train": [*train, *train[:5]], "valid": fresh}
+    assert data.about["valid_copies_dropped"] == 100 and not caplog.records
+    write("validation", train[:100])
+    without = hub.prepare(tmp_path / "cache", 32)
+    assert without.num_valid == 0
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "validation is off, 100 documents of its validation split stand in train as well" in said
+
+
 @pytest.mark.parametrize(
     "wrong, says",
     [

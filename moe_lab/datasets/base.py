@@ -136,9 +136,14 @@ class Dataset(ABC):
         data: Data = open_data(fraction)
         block = seq_len + 1
         if fraction and min(data.num_train, data.num_valid) < block:
-            total = data.num_train + data.num_valid
+            total, copied = data.num_train + data.num_valid, data.about.get("valid_copies_dropped")
             data = open_data(0.0)
-            if data.num_train >= block:
+            if data.num_train >= block and copied:
+                log.warning(
+                    "dataset %s: validation is off, %d documents of its validation split stand in train as well and "
+                    "less than one block of seq_len+1 = %d tokens is left of it", self.name, copied, block,
+                )  # fmt: skip
+            elif data.num_train >= block:
                 log.warning(
                     "dataset %s: validation is off, a part of the split of %d tokens would be shorter than one "
                     "block of seq_len+1 = %d; more text, a larger dataset.valid_fraction or a smaller seq_len "

@@ -28,7 +28,7 @@ from moe_lab import durable
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # part of every key: raise it when the same input would give other files
+FORMAT = 2  # part of every key: raise it when the same input would give other files
 HASHED_WHOLE = 64 << 20
 SLICES, SLICE = 64, 1 << 20
 SPLITS = ("train", "valid")

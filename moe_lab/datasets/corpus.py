@@ -82,15 +82,16 @@ class Corpus(Dataset):
     def _build(self, folder: Path, fraction: float) -> None:
         with tempfile.TemporaryFile(dir=folder) as spool:
             spans, copies = _spool(self.documents(), spool, fraction > 0)
+            own_validation = "valid_copies_dropped" in copies
             if not spans:
                 raise ValueError(f"dataset {self.name}: there is no text in it: every file or row is empty or left out")
             spool.flush()
             with mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                if fraction and all(span.cut == span.end for span in spans):
+                if fraction and not own_validation:
                     split(spans, fraction, text)
                 self._tokenise(folder, spans, text, copies)
 
-    def _tokenise(self, folder: Path, spans: list[Span], text: mmap.mmap, copies: int) -> None:
+    def _tokenise(self, folder: Path, spans: list[Span], text: mmap.mmap, copies: dict[str, int]) -> None:
         if self.tokenizer == "bpe":
             sample = _sample([(s.start, s.cut) for s in spans if s.cut > s.start], text)
             coder = tokenizers.BPE.train(sample, self.bpe_vocab, folder / "tokenizer.json")
@@ -106,7 +107,7 @@ class Corpus(Dataset):
             **self.facts(),
             "documents": len(spans),
             "bytes": sum(span.size for span in spans),
-            "copies_dropped": copies,
+            **copies,
         }
         writer.finish(coder.about, about)
 
@@ -141,7 +142,8 @@ def split(spans: list[Span], fraction: float, text: mmap.mmap | bytes) -> None:
                 taken += span.size
         if taken < wanted / 2:
             largest = max(members, key=lambda s: (s.cut - s.start) * (not s.repeated))
-            _cut_end(largest, wanted - taken, text)
+            if not largest.repeated and largest.cut > largest.start:
+                _cut_end(largest, wanted - taken, text)
 
 
 def _cut_end(span: Span, size: int, text: mmap.mmap | bytes) -> None:
@@ -150,21 +152,31 @@ def _cut_end(span: Span, size: int, text: mmap.mmap | bytes) -> None:
     span.cut = line or tokenizers.character(text, at)  # pyright: ignore[reportArgumentType]
 
 
-def _spool(documents: Iterable[Document], spool: Any, splitting: bool) -> tuple[list[Span], int]:
-    """Write every document once, closed by a newline; returns the spans and how many copies were dropped."""
+def _spool(documents: Iterable[Document], spool: Any, splitting: bool) -> tuple[list[Span], dict[str, int]]:
+    """Write every document once, closed by a newline; returns the spans and how many copies were dropped.
+
+    Where the source keeps documents for validation (they come last), those that stand in train are dropped too,
+    however short; `valid_copies_dropped` counts them.
+    """
     spans: list[Span] = []
     first: dict[bytes, Span] = {}
-    copies, at = 0, 0
+    copies, at = {"copies_dropped": 0}, 0
     for document in documents:
         text = document.text if document.text.endswith(b"\n") else document.text + b"\n"
         digest = hashlib.blake2b(text, digest_size=16).digest()
+        valid = splitting and document.valid
+        if valid:
+            copies.setdefault("valid_copies_dropped", 0)
         if digest in first:
             first[digest].repeated = True
-            if len(text) >= SHORT:
-                copies += 1
+            in_train = valid and first[digest].cut > first[digest].start
+            if in_train or len(text) >= SHORT:
+                copies["copies_dropped"] += 1
+                if in_train:
+                    copies["valid_copies_dropped"] += 1
                 continue
         span = Span(at, at + len(text), document.domain, digest, repeated=digest in first)
-        span.cut = span.start if splitting and document.valid else span.end
+        span.cut = span.start if valid else span.end
         first.setdefault(digest, span)
         spans.append(span)
         at = span.end

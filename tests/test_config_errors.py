@@ -128,6 +128,7 @@ MISTAKES = {
     "resume=nowhere": ["resume=nowhere: no run directory"],
 }  # fmt: skip
 
+    "resume=": ["resume=: is empty; name a run directory"],
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -44,7 +44,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_resume_of_a_finished_run(finished: Path) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
-    assert command("train", f"resume={finished}").code == 0
+    said = command("train", f"resume={finished}")
+    assert (said.code, said.err) == (0, "")
+    assert said.out == f"{finished}: was completed before; its summary is {finished / 'summary.json'}\n"
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
@@ -74,10 +76,48 @@ def test_what_may_change_when_a_run_goes_on(
         assert resumed[0]["checkpoint"]["keep"] == 3
 
 
+def _stopped_before_its_first_checkpoint(finished: Path, to: Path) -> Path:
+    """What kill -9 leaves: rows, and a status that says running."""
+    run = shutil.copytree(finished, to)
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(status | {"status": "running", "step": 0}))
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        (run / name).write_text((run / name).read_text().splitlines(keepends=True)[0])
+    return run
+
+
+def test_resume_before_the_first_checkpoint_starts_from_step_0(finished: Path, tmp_path: Path) -> None:
+    run = _stopped_before_its_first_checkpoint(finished, tmp_path / "run")
+    said = command("train", f"resume={run}")
+    assert said.code == 0, said.err
+    assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert json.loads((run / "status.json").read_text())["status"] == "completed"
+
+
+def test_resume_never_forgets_rows_whose_checkpoints_are_lost(finished: Path, tmp_path: Path) -> None:
+    run = _stopped_before_its_first_checkpoint(finished, tmp_path / "run")
+    shutil.copy(finished / "metrics.jsonl", run)
+    before = tree(run)
+    said = command("train", f"resume={run}")
+    assert said.code == 4 and "no checkpoint" in said.err and len(said.err.splitlines()) == 1
+    assert tree(run) == before and (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("left", [["status.json"], ["status.json", "config.yaml"]])
+def test_resume_of_a_run_stopped_while_preparing_data(left: list[str], finished: Path, tmp_path: Path) -> None:
+    for name in left:
+        shutil.copy(finished / name, tmp_path)
+    said = command("train", f"resume={tmp_path}")
+    assert said.code == 4 and "no checkpoint to go on from; start the run again" in said.err
+
+
 def test_resume_needs_a_whole_run(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "config.yaml").write_text("a: [")
     assert command("train", f"resume={run}").code == 4
+    shutil.copy(finished / "config.yaml", run)
     shutil.rmtree(run / "checkpoints")
     said = command("train", f"resume={run}")
     assert said.code == 4 and "no checkpoint" in said.err

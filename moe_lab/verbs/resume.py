@@ -1,4 +1,4 @@
-"""`moe-lab train resume=RUN`: go on from a run's checkpoint, with the config that it began with."""
+"""`moe-lab train resume=RUN`: go on from a run's checkpoint, or from step 0 before its first, with its own config."""
 
 import json
 import logging.config
@@ -13,16 +13,19 @@ from hydra.errors import OverrideParseException
 from moe_lab import config, presets
 from moe_lab.cli import complain
 from moe_lab.recorded import flat
+from moe_lab.run import lenient_rows, read_status
 
 SAFE = ("checkpoint.every", "checkpoint.keep", "wandb.mode")  # change no number, so they may differ from the run's
 
 
 def main(run: str, overrides: list[str]) -> int:
     folder = Path(run)
-    if not (folder / "config.yaml").is_file():
-        return complain([f"resume={run}: no run directory (it has no config.yaml)"])
-    if not any((folder / "checkpoints").glob("step-*/manifest.json")):
+    recorded = [name for name in ("config.yaml", "env.json") if (folder / name).is_file()]
+    begun = "env.json" in recorded or (folder / "checkpoints").exists()
+    if not begun and (recorded or (folder / "status.json").is_file()):  # stopped while it prepared its data
         return complain([f"resume={run}: has no checkpoint to go on from; start the run again"], 4)
+    if "config.yaml" not in recorded:
+        return complain([f"resume={run}: no run directory (it has no config.yaml)"])
     try:
         cfg = yaml.safe_load((folder / "config.yaml").read_text())
         choices = json.loads((folder / "env.json").read_text())["choices"]
@@ -36,9 +39,20 @@ def main(run: str, overrides: list[str]) -> int:
         return complain([str(error.args[0])])
     if refused:
         return complain([f"{line}; only {', '.join(SAFE)} may change when a run goes on" for line in refused], 4)
+    if _lost(folder, cfg):
+        return complain([f"resume={run}: has no checkpoint to go on from; start the run again"], 4)
     if problems := config.check(changed):
         return complain(problems, 2 if overrides else 4)
     return _go(folder, changed)
+
+
+def _lost(folder: Path, cfg: Mapping[str, Any]) -> bool:
+    """Whether there must have been checkpoints and is none. Before its first one a run starts again from step 0."""
+    if any((folder / "checkpoints").glob("step-*/manifest.json")):
+        return False
+    rows = lenient_rows(folder / "metrics.jsonl")
+    reached = max([(read_status(folder) or {}).get("step", 0), *(row["step"] for row in rows[-1:])])
+    return reached >= min(cfg["checkpoint"]["every"], cfg["steps"])
 
 
 def _apply(overrides: list[str], cfg: dict[str, Any], choices: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -75,7 +89,10 @@ def _go(folder: Path, cfg: dict[str, Any]) -> int:
 
         return resume(folder, cfg)
 
+    done = (read_status(folder) or {}).get("status") == "completed"
     summary = guarded(go, folder)
     if "exit" in summary:
         return complain([summary["message"]], summary["exit"])
+    if done:
+        print(f"{folder}: was completed before; its summary is {folder / 'summary.json'}")
     return 0

@@ -34,7 +34,9 @@ def main(argv: list[str]) -> int:
         return complain([f"{own}: no such config directory (--config-dir or MOE_LAB_CONFIG_DIR)"])
     if own is not None and (taken := presets.clashes(own)):
         return complain(taken)
-    resumed = [o for o in args.overrides if o.startswith("resume=") and o not in ("resume=", "resume=null")]
+    if "resume=" in args.overrides:  # an unset shell variable, say
+        return complain(["resume=: is empty; name a run directory, or leave it out to start a new run"])
+    resumed = [o for o in args.overrides if o.startswith("resume=") and o != "resume=null"]
     if resumed:
         from moe_lab.verbs import resume
 

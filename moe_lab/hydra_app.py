@@ -89,6 +89,20 @@ def compose(app: Hydra, config_name: str, overrides: list[str], mode: RunMode = 
     return _told(lambda: loader.load_configuration(config_name, overrides, mode, **how), app, config_name, overrides)
 
 
+def compose_one(app: Hydra, config_name: str, overrides: list[str]) -> DictConfig:
+    """What --cfg and --info show, which is one job, with -m as well."""
+    parser = OverridesParser.create(config_loader=app.config_loader)
+    parsed = _told(lambda: parser.parse_overrides(overrides), app, config_name, overrides)
+    _refuse(
+        [
+            f"{o.input_line}: several values, but what is shown is one job: give a single value with --cfg or --info"
+            for o in parsed
+            if o.is_sweep_override()
+        ]
+    )
+    return compose(app, config_name, overrides)
+
+
 def _told(load: Callable[[], T], app: Hydra, config_name: str, overrides: list[str]) -> T:
     try:
         return load()

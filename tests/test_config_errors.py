@@ -91,6 +91,9 @@ MISTAKES = {
     "--frobnicate": ["unrecognized arguments: --frobnicate"],
     "--config-dir nowhere": ["nowhere: no such config directory"],
     "--config-name nope": ["--config-name nope: no such file"],
+    "-m --cfg job router=switch,topk": ["router=switch,topk: several values", "one job: give a single value"],
+    "--cfg job seed=range(3)": ["seed=range(3): several values, but what is shown is one job"],
+    "--cfg job seed==3": ["seed==3: cannot be read"],
     "--cfg job routr=1": ["did you mean router?"],
     # files
     "--config-dir own router=broken": ["broken.yaml:", "not valid yaml"],

@@ -56,7 +56,7 @@ def _through_hydra(args: argparse.Namespace, argv: list[str], own: Path | None) 
     try:
         with hydra_app.open_hydra(own) as app:
             if shows:
-                hydra_app.compose(app, config_name, args.overrides)
+                hydra_app.compose_one(app, config_name, args.overrides)
             else:
                 plan = hydra_app.plan(app, config_name, args.overrides, args.multirun)
                 return _start(app, config_name, plan)

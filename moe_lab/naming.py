@@ -20,7 +20,7 @@ def slug(router: str, overrides: Iterable[str]) -> str:
         if key == "router" or "/" in value or (key.split(".")[0] in NOT_NUMBERS and key != "fast"):
             continue
         name = key.split("@")[0].rsplit(".", 1)[-1]
-        plain_value = re.fullmatch(r"[\d.e+-]+|true|false|null", value)
+        plain_value = re.fullmatch(r"[\d.e+-]+|true|false|null", value, re.IGNORECASE)  # sweeps write True
         word = _clean(f"{name}_{value}" if "." in key or plain_value else value)
         if word and len(found) + 1 + len(word) <= 40:
             found = f"{found}-{word}"

@@ -188,6 +188,11 @@ def test_a_slug_is_harmless_whatever_was_overridden(override: str) -> None:
 
 
 def test_a_sweep_job_lands_in_the_same_place_every_time(here: Path, trained: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("yes", ["true", "True"])
+def test_a_slug_names_the_key_of_a_plain_value(yes: str) -> None:
+    assert naming.slug("topk", ["seed=0", f"fast={yes}", "dataset=clusters"]) == "topk-seed_0-fast_true-clusters"
+
+
     assert command("train", "-m", "router=topk,switch", "seed=range(2)").code == 0
     assert command("train", "-m", "seed=1,0", "router=switch,topk", "steps=300,600").code == 0
     ours = yaml.safe_load((ROOT / "conf/train.yaml").read_text())["steps"]

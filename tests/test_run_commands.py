@@ -164,6 +164,19 @@ def test_diff_tells_what_differs(finished: Path, tmp_path: Path) -> None:
     assert re.search(r" seed +0 +0", command("diff", "--all", str(finished), str(other)).out)
 
 
+def test_diff_of_other_data_is_one_row_of_surroundings(finished: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(finished, tmp_path / "other")
+    env = json.loads((other / "env.json").read_text())
+    first, second = env["dataset"]["fingerprint"], "0123456789abcdef" * 4
+    domains = [f"part {i}" for i in range(40)]
+    tokens = {f"{part}_tokens_per_domain": dict.fromkeys(domains, 7) for part in ("train", "valid")}
+    env["dataset"] = {"fingerprint": second, "domains": domains, **tokens}
+    (other / "env.json").write_text(json.dumps(env))
+    told = command("diff", str(finished), str(other)).out
+    (row,) = [line.split() for line in told.splitlines() if line.startswith("  dataset.")]
+    assert row == ["dataset.fingerprint", first[:12], second[:12]]
+
+
 def test_diff_needs_two_runs(finished: Path, tmp_path: Path) -> None:
     assert command("diff", str(finished)).code == 2
     said = command("diff", str(finished), str(tmp_path))

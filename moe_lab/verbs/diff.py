@@ -1,6 +1,7 @@
 """`moe-lab diff RUN RUN ...`: how runs differ in config and surroundings, and how they ended."""
 
 import argparse
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 from moe_lab.cli import complain, printable, quiet_pipe
 from moe_lab.recorded import Recorded, flat, read
 
-SURROUNDINGS = ("moe_lab", "python", "versions.", "platform", "cuda", "threads", "git.", "device", "dtype", "dataset.")
+SURROUNDINGS = ("moe_lab", "python", "versions.", "platform", "cuda", "threads", "git.", "device", "dtype")
+DATA = "dataset.fingerprint"  # it differs wherever any other fact of the data does
+HASH = re.compile("[0-9a-f]{32,}")
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +38,7 @@ def config_rows(runs: list[Recorded]) -> dict[str, list[Any]]:
 
 def surroundings_rows(runs: list[Recorded]) -> dict[str, list[Any]]:
     """Versions, machine, code and data of each run."""
-    told = [{k: v for k, v in flat(run.env).items() if k.startswith(SURROUNDINGS)} for run in runs]
+    told = [{k: v for k, v in flat(run.env).items() if k.startswith(SURROUNDINGS) or k == DATA} for run in runs]
     return _rows(told)
 
 
@@ -117,6 +120,8 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and HASH.fullmatch(value):
+        return value[:12]
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, int) and not isinstance(value, bool):

@@ -15,6 +15,7 @@ import moe_lab.train
 from moe_lab import __version__, naming
 from moe_lab.cli import VERBS
 from moe_lab.completion import complete
+from moe_lab.datasets.base import DatasetUnavailable
 from moe_lab.run import Stop
 from tests.command import moe_lab as command
 from tests.command import tree
@@ -187,12 +188,12 @@ def test_a_slug_is_harmless_whatever_was_overridden(override: str) -> None:
     assert ".." not in naming.slug("topk", [override])
 
 
-def test_a_sweep_job_lands_in_the_same_place_every_time(here: Path, trained: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("yes", ["true", "True"])
 def test_a_slug_names_the_key_of_a_plain_value(yes: str) -> None:
     assert naming.slug("topk", ["seed=0", f"fast={yes}", "dataset=clusters"]) == "topk-seed_0-fast_true-clusters"
 
 
+def test_a_sweep_job_lands_in_the_same_place_every_time(here: Path, trained: list[dict[str, Any]]) -> None:
     assert command("train", "-m", "router=topk,switch", "seed=range(2)").code == 0
     assert command("train", "-m", "seed=1,0", "router=switch,topk", "steps=300,600").code == 0
     ours = yaml.safe_load((ROOT / "conf/train.yaml").read_text())["steps"]
@@ -236,6 +237,7 @@ def test_flags_may_stand_anywhere(here: Path, trained: list[dict[str, Any]]) -> 
         (ValueError("no such file: x"), 2, "moe-lab: no such file: x"),
         (PermissionError(13, "Permission denied", "/data"), 5, "/data"),
         (OSError(28, "No space left on device"), 5, "No space left"),
+        (DatasetUnavailable("dataset x cannot be reached"), 5, "moe-lab: dataset x cannot be reached"),
         (KeyboardInterrupt(), 130, "stopped at once"),
         (RuntimeError("a bug"), 1, "RuntimeError: a bug"),
         (ZeroDivisionError("deep"), 1, "ZeroDivisionError: deep"),
@@ -250,7 +252,7 @@ def test_exit_codes(error: BaseException, code: int, told: str, here: Path, monk
     if code == 1:
         (text,) = (path.read_text() for path in here.rglob("train.log"))
         assert "Traceback" in text and "in _raise" in text
-    if code == 2:
+    if code in (2, 5):
         assert tree(here) == set()
 
 

@@ -109,11 +109,15 @@ try:
 except DatasetUnavailable as error:
     print(round(time.monotonic() - started), error)
 """
-    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9", **how}
+    env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    env |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9", **how}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     seconds, line = done.stdout.strip().split(" ", 1)
     assert int(seconds) <= 10 and "\n" not in line
     assert "cannot be reached" in line
-    for way_out in ("dataset=stdlib", "dataset.paths=", "HF_HUB_OFFLINE=1"):
+    offline = "HF_HUB_OFFLINE" in how
+    last = "or unset HF_HUB_OFFLINE" if offline else "set HF_HUB_OFFLINE=1"
+    for way_out in ("dataset=stdlib", "dataset.paths=", last):
         assert way_out in line
+    assert not (offline and "set HF_HUB_OFFLINE=1" in line)

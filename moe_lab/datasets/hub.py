@@ -166,9 +166,16 @@ def _explained(repo: str) -> Iterator[None]:
         told = cause if isinstance(cause, Exception) else error
         line = (str(told).strip() or type(told).__name__).splitlines()[0]
         if _is_network(told):
+            from huggingface_hub import constants
+
+            last = (
+                "unset HF_HUB_OFFLINE, which keeps it from being downloaded"
+                if constants.HF_HUB_OFFLINE
+                else "where it has been downloaded before, set HF_HUB_OFFLINE=1"
+            )
             raise DatasetUnavailable(
                 f"dataset {repo} cannot be reached ({line}): use dataset=stdlib, text of your own "
-                "(dataset=text dataset.paths=[my.txt]), or, where it has been downloaded before, HF_HUB_OFFLINE=1"
+                f"(dataset=text dataset.paths=[my.txt]), or {last}"
             ) from None
         if isinstance(told, ValueError | LookupError | FileNotFoundError | RuntimeError):
             raise ValueError(f"dataset {repo}: {line}") from None

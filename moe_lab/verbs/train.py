@@ -1,6 +1,7 @@
 """`moe-lab train`: Hydra's habits, our help, mistakes told before anything is written."""
 
 import argparse
+import contextlib
 import errno
 import logging
 import sys
@@ -115,8 +116,9 @@ def job(cfg: Any) -> dict[str, Any]:
     code = summary.get("exit", 0)
     if done and not code:
         print(f"{folder}: was completed before")
-    if code == 2 and not sweep:
-        forget(folder, Path(cfg.output_dir))
+    if code in (2, 5) and not sweep and not (folder / "env.json").exists():  # it never began
+        with contextlib.suppress(OSError):  # a disk that failed may fail again; the message stands
+            forget(folder, Path(cfg.output_dir))
     if code and (not sweep or code in (75, 130)):
         complain([summary["message"]] if summary["message"] else [])
         raise SystemExit(code)

@@ -128,10 +128,10 @@ MISTAKES = {
     "-m seed=range(0,3000000) steps=range(1,1000)": ["this sweep has 2,997,000,000 jobs; the limit is 2,000"],
     "-m hydra.run.dir=a,b": ["hydra.run.dir=a,b"],
     "hydra.mode=MULTIRUN seed=1,b": ["seed=b: must be a whole number  (job seed=b)"],
+    "resume=": ["resume=: is empty; name a run directory"],
     "resume=nowhere": ["resume=nowhere: no run directory"],
 }  # fmt: skip
 
-    "resume=": ["resume=: is empty; name a run directory"],
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -18,6 +18,7 @@ RUNS = {
     "gumbel_ste": ["router=gumbel_ste"],
     "topk": ["router=topk", "balance=[importance]"],
     "loss_free": ["router=sigmoid_topk", "balance=[loss_free]", "schedule=anneal"],
+    "mlm": ["objective=mlm", "router=switch"],
 }
 KEYS = ("loss", "loss_total", "grad_norm", "lr")
 

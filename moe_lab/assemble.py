@@ -10,6 +10,7 @@ from moe_lab.config import build
 from moe_lab.datasets.base import Data
 from moe_lab.loop import Parts
 from moe_lab.model.transformer import Transformer
+from moe_lab.objectives import CLM, MLM
 from moe_lab.seeding import initialise
 from moe_lab.settings import Settings
 
@@ -28,8 +29,7 @@ def assemble(cfg: dict[str, Any]) -> Parts:
     device, dtype = place(settings)
     objective = build("objective", cfg["objective"])
     data = prepare(cfg)
-    vocabulary = data.vocab_size + objective.extra_tokens
-    model: Transformer = build("model", cfg["model"], vocabulary, objective.causal, cfg["router"], cfg["experts"])
+    model = bare_model(cfg, data.vocab_size, objective)
     initialise(model, settings.seed)
     model.to(device)
     if settings.compile:
@@ -45,6 +45,12 @@ def assemble(cfg: dict[str, Any]) -> Parts:
         device=device,
         dtype=dtype,
     )
+
+
+def bare_model(cfg: dict[str, Any], vocab_size: int, objective: CLM | MLM) -> Transformer:
+    """The model of a config, its weights undefined."""
+    vocabulary = vocab_size + objective.extra_tokens
+    return build("model", cfg["model"], vocabulary, objective.causal, cfg["router"], cfg["experts"])
 
 
 def prepare(cfg: dict[str, Any]) -> Data:

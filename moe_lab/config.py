@@ -57,7 +57,12 @@ def discover() -> None:
         for found in pkgutil.iter_modules(getattr(module, "__path__", [])):
             importlib.import_module(f"{home}.{found.name}")
     for plugin in filter(None, os.environ.get("MOE_LAB_PLUGINS", "").split(",")):
-        importlib.import_module(plugin.strip())
+        try:
+            importlib.import_module(plugin.strip())
+        except ModuleNotFoundError as error:
+            if error.name != plugin.strip():
+                raise
+            raise ValueError(f"MOE_LAB_PLUGINS={plugin}: no such module; is its folder in PYTHONPATH?") from None
 
 
 def registered(group: str) -> Mapping[str, type]:
@@ -107,6 +112,10 @@ def nodes(cfg: Config) -> Iterator[tuple[str, str, Config]]:
 
 def check(cfg: Config) -> list[str]:
     """Every mistake in a composed config (plain containers), one line each; empty when it can run."""
+    try:
+        discover()
+    except ValueError as error:
+        return [str(error)]
     if problems := list(_targets(cfg, "")):
         return problems
     for path, group, node in nodes(cfg):
@@ -141,7 +150,8 @@ def _node_problems(path: str, group: str, node: Config) -> Iterator[str]:
         return
     known = registered(group)
     if node["name"] not in known:
-        yield f"{path}.name={node['name']}: no such {group}{nearest(str(node['name']), known)}"
+        right = nearest(str(node["name"]), known)
+        yield f"{path}.name={node['name']}: no such {group}{right} (your own: MOE_LAB_PLUGINS=module)"
         return
     options = {key: value for key, value in node.items() if key not in ("name", "_target_")}
     model = schema(known[node["name"]])

@@ -3,11 +3,14 @@
 Shapes: T tokens, E experts, K chosen per token, L MoE layers.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from moe_lab import seeding
 from moe_lab.loop import Examples, Parts, contexts, draw_noise, examples, forward, perplexity, view
+from moe_lab.observe.metric import METRICS, over_layers
 from moe_lab.observe.probe import Probe
 from moe_lab.observe.recorder import Recorder
 from moe_lab.probes.liveness import gradient_ratio
@@ -32,7 +35,7 @@ class Evaluator:
         parts, s = self.parts, self.parts.settings
         recorder = self._recorder()
         total, counted, modes = torch.zeros(3, dtype=torch.float64), 0, self._modes()
-        for i, raw in enumerate(parts.data.valid_batches(self.micro, s.seq_len, s.eval_tokens)):
+        for i, raw in enumerate(parts.data.valid_batches(self.micro, s.seq_len, self._tokens())):
             batch = examples(parts, raw.ids, raw.domain, seeding.generator(s.seed, "eval mask", i))
             with torch.no_grad():
                 for m, hard in enumerate(modes):
@@ -50,7 +53,9 @@ class Evaluator:
         loss, k = losses[None], self.k
         row |= {"eval/loss": loss, "eval/ppl": perplexity(loss), "eval/tokens": counted}
         if parts.model.moes:
-            row |= {"eval/loss_top1": losses.get(1, loss), "eval/loss_topk": losses.get(k, loss)}
+            hard = {"top1": losses.get(1, loss), "topk": losses.get(k, loss)}
+            row |= {f"eval/loss_{how}": nats for how, nats in hard.items()}
+            row |= {f"eval/ppl_{how}": perplexity(nats) for how, nats in hard.items()}
         moe = recorder.row(evaluation=True) | self.probe.row()
         return row | self.lines | {f"eval/{key}": value for key, value in moe.items()}
 
@@ -63,6 +68,11 @@ class Evaluator:
     @property
     def k(self) -> int:
         return max((m.router.k for m in self.parts.model.moes), default=1)
+
+    def _tokens(self) -> int:
+        """Tokens to read so that eval_tokens carry a loss; which do is random, hence five standard deviations more."""
+        wanted, counted = self.parts.settings.eval_tokens, self.parts.objective.counted
+        return wanted if counted == 1 else math.ceil((wanted + 5 * math.sqrt(wanted)) / counted)
 
     def _modes(self) -> list[int | None]:
         """As trained, then the hard choices that differ from it."""
@@ -86,7 +96,8 @@ class Evaluator:
         noise = draw_noise(parts, batch.inputs.numel(), s.seed, "probe noise")
         _, loss_T = forward(parts, batch, contexts(parts, values, noise))
         ratio = gradient_ratio(parts.model.moes, loss_T.sum() / batch.counted.sum())
-        return {"moe/router_grad_ratio": ratio}
+        overall = over_layers(METRICS["router_grad_ratio"], ratio)
+        return {"moe/router_grad_ratio": ratio} | {f"moe/router_grad_ratio/{how}": v for how, v in overall.items()}
 
     def _probe(self) -> Examples:
         """The first validation batch, or the first training batch where there is no validation."""

@@ -1,6 +1,7 @@
 """`moe_lab.load(run)`: a run's model, config and metrics in Python."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,43 +10,55 @@ import torch
 import yaml
 
 from moe_lab import checkpoint
-from moe_lab.assemble import assemble
-from moe_lab.loop import Parts, contexts
+from moe_lab.assemble import bare_model, prepare
+from moe_lab.config import build
+from moe_lab.datasets.base import Data
+from moe_lab.loop import contexts_of
 from moe_lab.model.transformer import Output, Transformer
 from moe_lab.run import read_rows, read_status
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run directory: `config` and `metrics` (one dict per row) at once, `parts` and `model` when asked for."""
+    """A run directory: `config`, `metrics` (one dict per row) and `env` at once, model and data when asked for.
+
+    The model needs neither the data nor the device that trained it.
+    """
 
     folder: Path
-    config: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    config: dict[str, Any] = field(repr=False)
+    metrics: list[dict[str, Any]] = field(repr=False)
+    env: dict[str, Any] = field(repr=False)
     status: str
 
     @cached_property
-    def parts(self) -> Parts:
-        """Dataset, model, objective, balancers and schedules as the run built them, with the newest weights."""
-        parts = assemble(self.config)
+    def model(self) -> Transformer:
+        """The model with the weights of the newest checkpoint, a torch.nn.Module on the CPU."""
         found = checkpoint.newest(self.folder / "checkpoints")
         if found is None:
             raise ValueError(f"{self.folder}: no checkpoint to load a model from")
-        parts.model.load_state_dict(found.model)
-        return parts
+        model = bare_model(self.config, self.env["vocab_size"], build("objective", self.config["objective"]))
+        model.load_state_dict(found.model)
+        return model
 
-    @property
-    def model(self) -> Transformer:
-        """The model with the weights of the newest checkpoint, a torch.nn.Module."""
-        return self.parts.model
+    @cached_property
+    def data(self) -> Data:
+        """The dataset that it trained on. ValueError where it has changed since."""
+        data = prepare(self.config)
+        if data.fingerprint != self.env["dataset"]["fingerprint"]:
+            raise ValueError(f"{self.folder}: the data changed since this run (its fingerprint differs)")
+        return data
 
     def predict(self, ids_BS: torch.Tensor) -> Output:
-        """Logits [B, S, V] and each MoE layer's Routing for token ids [B, S] int64: no noise, the last temperature."""
-        parts, steps = self.parts, self.parts.settings.steps
+        """Logits [B, S, V] and each MoE layer's Routing for token ids [B, S] int64: no noise, the last temperature.
+
+        On the device that `model` is on, in fp32.
+        """
+        steps = self.config["steps"]
+        values = build("schedule", self.config["schedule"]).at(steps - 1, steps)
+        balancers = {name: build("balance", node) for name, node in self.config["balance"].items()}
         with torch.no_grad():
-            return parts.model(
-                ids_BS.to(parts.device), contexts(parts, parts.schedules.at(steps - 1, steps)), parts.dtype
-            )
+            return self.model(ids_BS.to(self.model.embed.device), contexts_of(self.model, values, balancers))
 
 
 def load(run: str | Path) -> LoadedRun:
@@ -56,4 +69,5 @@ def load(run: str | Path) -> LoadedRun:
     except FileNotFoundError:
         raise ValueError(f"{folder}: no run directory (it has no config.yaml)") from None
     status = read_status(folder) or {"status": "created"}
-    return LoadedRun(folder, config, read_rows(folder / "metrics.jsonl"), status["status"])
+    env = json.loads((folder / "env.json").read_text()) if (folder / "env.json").exists() else {}
+    return LoadedRun(folder, config, read_rows(folder / "metrics.jsonl"), env, status["status"])

@@ -64,12 +64,22 @@ def contexts(
     parts: Parts, values: Values, noise_TE: list[Tensor | None] | None = None, hard: int | None = None
 ) -> list[Context]:
     """One Context per MoE layer; without noise for evaluation."""
+    return contexts_of(parts.model, values, parts.balancers, noise_TE, hard)
+
+
+def contexts_of(
+    model: Transformer,
+    values: Values,
+    balancers: Mapping[str, Balancer],
+    noise_TE: list[Tensor | None] | None = None,
+    hard: int | None = None,
+) -> list[Context]:
     # Filled on the device: copying a number there would wait for it.
-    knobs = Knobs(*(torch.full((), v, device=parts.device) for v in (values.temperature, values.noise)))
-    biased = any(balancer.moves_bias for balancer in parts.balancers.values())
+    knobs = Knobs(*(torch.full((), v, device=model.embed.device) for v in (values.temperature, values.noise)))
+    biased = any(balancer.moves_bias for balancer in balancers.values())
     return [
         Context(knobs, noise_TE[i] if noise_TE else None, moe.bias_E if biased else None, hard)
-        for i, moe in enumerate(parts.model.moes)
+        for i, moe in enumerate(model.moes)
     ]
 
 

@@ -18,6 +18,7 @@ class CLM:
 
     causal = True
     extra_tokens = 0
+    counted = 1.0  # share of the tokens that carry a loss
 
     def targets(self, ids: Tensor, vocab_size: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """ids [B, S+1] -> inputs [B, S], targets [B, S], and which targets count [B, S] (bool)."""
@@ -32,7 +33,7 @@ class MLM:
     extra_tokens = 1  # the mask token, behind the dataset's vocabulary
 
     def __init__(self, *, mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15):
-        self.mask_fraction = mask_fraction
+        self.mask_fraction = self.counted = mask_fraction
 
     def targets(self, ids: Tensor, vocab_size: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         inputs = ids[:, :-1]

@@ -70,7 +70,7 @@ class Run:
             self._status("created")
         self._metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         self._timing = open(self.folder / "timing.jsonl", "ab", buffering=0)
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         self.started = time.monotonic()
         return self
 
@@ -116,10 +116,11 @@ class Run:
         timing = lenient_rows(self.folder / "timing.jsonl")
         return timing[-1]["elapsed"] if timing else 0.0
 
-    def sync(self) -> int:
-        """Make the rows durable and return the length of metrics.jsonl."""
+    def sync(self) -> tuple[int, str]:
+        """Make the rows durable and return the length and the sha256 of metrics.jsonl."""
         os.fsync(self._metrics.fileno())
-        return os.fstat(self._metrics.fileno()).st_size
+        content = (self.folder / "metrics.jsonl").read_bytes()
+        return len(content), hashlib.sha256(content).hexdigest()
 
     def rewind(self, size: int) -> None:
         """Forget rows beyond a checkpoint: a resumed run writes them again."""
@@ -140,6 +141,9 @@ class Run:
         durable.write_json(self.folder / "status.json", state)
 
     def _on_signal(self, number: int, frame: object) -> None:
+        """Once training has begun only a flag: the update is finished first. Before, there is nothing to save."""
+        if not self.began:
+            raise Stop(75, f"stopped by {signal.Signals(number).name} before it began; start it again")
         if self.stop_signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_signal = signal.Signals(number).name

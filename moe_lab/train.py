@@ -129,8 +129,8 @@ class Training:
 
     def _heed_signal(self) -> None:
         if self.run.stop_signal:
-            again = f"go on with: moe-lab train resume={self.run.folder}" if self.run.step else "it had not begun"
-            raise Stop(75, f"stopped by {self.run.stop_signal} after step {self.run.step}; {again}")
+            again = f"moe-lab train resume={self.run.folder}"
+            raise Stop(75, f"stopped by {self.run.stop_signal} after step {self.run.step}; go on with: {again}")
 
     def _row(self, done: int) -> None:
         """Everything that is said about the updates since the last row."""
@@ -160,7 +160,7 @@ class Training:
             raise Stop(
                 3,
                 f"diverged: the gradient of update {at} is not finite; that update was not applied. "
-                "Try a smaller optim.lr or balance=[switch,z_loss]",
+                "Try a smaller optim.lr",
             )
 
     def _timing(self, done: int, seconds: float) -> dict[str, Any]:
@@ -193,6 +193,7 @@ class Training:
         return {
             "dataset": {"fingerprint": parts.data.fingerprint, "domains": parts.data.domains, **parts.data.about},
             "cost": cost(parts),
+            "vocab_size": parts.data.vocab_size,
             "layers": len(moes),
             "experts": moes[0].experts.num if moes else 0,
             "k": moes[0].router.k if moes else 0,
@@ -221,12 +222,14 @@ class Training:
         moments = {f"{i}.{name}": t for i, state in optimizer["state"].items() for name, t in state.items()}
         state = {f"recorder.{name}": t for name, t in loop.recorder.state().items()}
         state |= {f"evaluator.{name}": t for name, t in self.evaluator.state().items()} | {"sums": loop.sums}
+        size, digest = self.run.sync()
         values = {
             "tokens": loop.tokens,
             "last_row": self.last_row,
             "optimizer": [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]],
             "scheduler": loop.scheduler.state_dict(),
-            "metrics_bytes": self.run.sync(),
+            "metrics_bytes": size,
+            "metrics_sha256": digest,
             "data": self.parts.data.fingerprint,
         }
         saved = checkpoint.Checkpoint(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_lab import config
 from tests.command import moe_lab, tree
 
 OWN = {
@@ -190,3 +191,10 @@ def test_the_same_from_a_shell(words: str, here: Path) -> None:
     assert done.stdout == "" and "Traceback" not in done.stderr
     assert all(line.startswith("moe-lab: ") for line in done.stderr.splitlines())
     assert tree(here) == before
+
+
+def test_a_plugin_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    config.discover.cache_clear()
+    monkeypatch.setenv("MOE_LAB_PLUGINS", "not_a_module")
+    assert config.check({}) == ["MOE_LAB_PLUGINS=not_a_module: no such module; is its folder in PYTHONPATH?"]
+    config.discover.cache_clear()

@@ -68,7 +68,7 @@ def test_the_shown_router_runs(here: Path) -> None:
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (config,) = here.glob("outputs/*/*/config.yaml")
-    assert yaml.safe_load(config.read_text())["router"] == {"name": "threshold", "k": 2, "floor": 0.2}
+    assert yaml.safe_load(config.read_text())["router"] == {"name": "threshold", "k": 2, "floor": 0.02}
 
 
 def test_every_option_is_in_the_table() -> None:

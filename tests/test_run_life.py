@@ -3,10 +3,14 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from command import moe_lab
 from tiny import tiny
 
 from moe_lab import load
@@ -177,3 +181,49 @@ def test_clocks_go_on_after_a_resume(half: Path) -> None:
     elapsed = [row["elapsed"] for row in clocks]
     assert elapsed == sorted(elapsed) and elapsed[-1] > before * 0.5
     assert json.loads((half / "summary.json").read_text())["wall_s"] >= elapsed[-1]
+
+
+def test_a_signal_while_data_is_prepared_ends_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_lab.datasets.clusters import Clusters
+
+    after = []
+
+    def slow(self: Any, *args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        after.append("went on")
+
+    monkeypatch.setattr(Clusters, "prepare", slow)
+    with pytest.raises(Stop, match="before it began") as stop:
+        run(tmp_path)
+    assert stop.value.code == 75 and not after
+    monkeypatch.undo()
+    assert run(tmp_path)["status"] == "completed"
+
+
+def test_a_model_loads_without_its_data_and_device(tmp_path: Path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("one two three four five six seven\n" * 400)
+    run(tmp_path / "run", "dataset=text", f"dataset.paths=[{text}]", "steps=2")
+    expected = load(tmp_path / "run").predict(torch.arange(8)[None]).logits_BSV
+    text.unlink()
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config | {"device": "cuda", "compile": True}))
+    loaded = load(tmp_path / "run")
+    assert torch.equal(loaded.predict(torch.arange(8)[None]).logits_BSV, expected)
+    with pytest.raises(ValueError, match=r"there is no .*own\.txt"):
+        _ = loaded.data
+    text.write_text("seven six five four three two one\n" * 400)
+    with pytest.raises(ValueError, match="fingerprint"):
+        _ = load(tmp_path / "run").data
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "summary.json"])
+def test_verify_sees_an_edited_digit(file: str, tmp_path: Path) -> None:
+    run(tmp_path, "steps=4")
+    assert moe_lab("verify", str(tmp_path)).code == 0
+    content = (tmp_path / file).read_text()
+    at = content.rindex('"moe/load_cv/worst":') + len('"moe/load_cv/worst":')
+    digit = next(i for i in range(at, len(content)) if content[i] in "123456789")
+    (tmp_path / file).write_text(content[:digit] + str(int(content[digit]) % 9 + 1) + content[digit + 1 :])
+    said = moe_lab("verify", str(tmp_path))
+    assert said.code == 4 and "BAD" in said.out

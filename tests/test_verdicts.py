@@ -82,6 +82,23 @@ def test_rows_far_apart_are_judged_too(apart: int):
     assert "load CV" in j.report()[0]["why"]
 
 
+def test_a_verdict_that_the_newest_rows_contradict_says_so():
+    j = judge_after(ONE)
+    said = []
+    for step in range(310, 450, 10):
+        run(j, range(step, step + 10, 10))
+        told = j.report()[0]
+        said.append((told["verdict"], "the rows say healthy, not yet for long enough" in told["why"]))
+    assert said[0] == ("collapsed", False) and ("collapsed", True) in said and said[-1] == ("healthy", False)
+    assert "rows say" not in judge_after(ONE).report()[0]["why"]
+
+
+def judge_after(load: list[float]) -> Judge:
+    j = judge()
+    run(j, range(10, 310, 10), load=load)
+    return j
+
+
 def test_frozen_is_said_at_once_and_names_the_number():
     j = judge()
     assert j.see(row(1, window=1, ratio=3e-6)) == [FROZEN]

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (tables of Markdown are long lines)
 """docs/metrics.md and docs/verdicts.md from the declarations: `python -m moe_lab.observe.document docs`."""
 
 import sys
@@ -35,6 +36,7 @@ T tokens, E experts, k chosen per token, D width, F input-side neurons, N = T k 
 e; p_t the clean gate of token t (no noise, current temperature); z_t its logits; entropies H in nats; Phi^-1 the
 normal quantile.
 
+- `/worst` stands only where one direction is bad; a floor of `-` means that the value is no statistic of a sample.
 - **Balanced**, **collapsed**: the value when all experts get the same, and when the same k get everything.
 - **Floor**: what a router that chooses at random shows on average; closer to balance than this is luck. Tokens of one
   sequence are alike, so that true floors are higher where nothing else is said.
@@ -68,7 +70,9 @@ A verdict sums over the last {patience} updates; the first {settled} of a run ar
 for {steady} rows or {updates} updates (frozen is told at once). Until then it is `null`. A verdict that stands has
 looser limits than one that begins, so that noise does not flip it. With one expert there is nothing to route: healthy.
 
-The judge reads nothing but the rows of `metrics.jsonl`, so that anyone can repeat it.
+The judge reads nothing but the rows of `metrics.jsonl`, so that anyone can repeat it. It judges the choice that trained
+the model, noise included: a router whose noise decides is undecided although its noise-free choice (`eval/moe/*`) may
+tell more.
 
 ## Every number
 
@@ -77,8 +81,25 @@ The judge reads nothing but the rows of `metrics.jsonl`, so that anyone can repe
 """
 
 
+WHOLE_RUN = """\
+## The run as a whole
+
+| value | formula | range | reads |
+|---|---|---|---|
+| `loss`, `ppl` | mean task loss of the tokens that carry one, over the window's updates, nats; exp(loss) | 0 on | of a model that knows nothing: ln of the vocabulary |
+| `loss_total` | what was differentiated: loss + sum of the terms | 0 on | |
+| `term/<balancer>` | weight x `knob/balance` x the balancer's loss, mean over layers, micro-batches and updates | 0 on | what balancing weighs against the task |
+| `grad_norm` | norm of all gradients before clipping, mean over the window | 0 on | above `optim.clip` it is cut |
+| `lr`, `knob/*` | learning rate and schedule values of the window's last update | | |
+| `eval/loss`, `eval/ppl` | the same on `eval/tokens` validation tokens (at least `eval_tokens`), without noise | 0 on | |
+| `eval/loss_top1`, `eval/loss_topk`, `eval/ppl_*` | the same with only the 1 or k strongest chosen experts, which share each token's whole weight | 0 on | minus `eval/loss`: the gap between training and hard inference |
+| `eval/unigram` | cross-entropy on validation of token frequencies counted on train, add-one | 0 to ln V | a model above it has learned nothing |
+| `eval/bigram` | the same of pairs of tokens, interpolated with the unigram (Witten-Bell); not for masked models | 0 to ln V | a model above it has learned little |
+"""
+
+
 def metrics() -> str:
-    parts = [NOTE, METRICS_INTRO]
+    parts = [NOTE, METRICS_INTRO, WHOLE_RUN]
     for module in TOPICS:
         parts.append(f"## {module.TOPIC}\n")
         parts += [describe(m) for m in METRICS.values() if m.topic == module.TOPIC]

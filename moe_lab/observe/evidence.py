@@ -181,7 +181,7 @@ def ceiling(E: int, k: int) -> float:
 
 
 def cv(x_E: np.ndarray) -> float:
-    return float(x_E.std() / x_E.mean())
+    return float(x_E.std() / x_E.mean()) if x_E.any() else 0.0
 
 
 def sum_of(rows: list[Entry], name: str) -> np.ndarray:

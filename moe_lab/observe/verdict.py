@@ -102,7 +102,10 @@ class Standing:
         if verdict is None:
             return found | {"why": "too early to say", "remedies": []}
         tips = remedies(verdict, e.spread if e else 0.0, e.dead if e else 0, config)
-        return found | {"why": explain(verdict, e, self.layer), "remedies": tips}
+        why = explain(verdict, e, self.layer)
+        if self.candidate not in (None, verdict):
+            why += f"; since step {self.candidate_since} the rows say {self.candidate}, not yet for long enough"
+        return found | {"why": why, "remedies": tips}
 
 
 def decide(e: Evidence | None, was: str | None, E: int, ratio: float) -> str | None:

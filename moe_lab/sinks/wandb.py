@@ -102,7 +102,7 @@ class Wandb(Sink):
             mode=mode,
             project=self.project,
             entity=self.entity,
-            group=self.group,
+            group=self.group or (cfg.get("study") if run_dir.parent.parent.name == "sweeps" else None),
             name=self.run_name or run_dir.name,
             job_type="train",
             tags=run_tags(facts, cfg, self.tags),
@@ -174,7 +174,7 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
 
 def pictures(row: dict[str, Any]) -> dict[str, Any]:
     """A heatmap of the whole model and a histogram per layer of the experts' loads (1: balanced)."""
-    loads_LE = row.get("moe/selected")
+    loads_LE = row.get("eval/moe/selected") or row.get("moe/selected")
     if not loads_LE:
         return {}
     import numpy as np

@@ -1,6 +1,7 @@
 """`moe-lab verify RUN`: is this run whole? Reads everything and touches nothing."""
 
 import argparse
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -107,8 +108,9 @@ def _summary(folder: Path) -> str:
     steps = yaml.safe_load((folder / "config.yaml").read_text())["steps"]
     if not rows or not summary["steps"] == rows[-1]["step"] == steps:
         raise Bad(f"says {summary['steps']} steps; the last row is {rows[-1]['step'] if rows else None} of {steps}")
-    if summary["loss"] != rows[-1]["loss"]:
-        raise Bad(f"says loss {summary['loss']}, the last row {rows[-1]['loss']}")
+    for name, value in [("loss", summary["loss"]), ("ppl", summary["ppl"]), *summary["final"].items()]:
+        if value != rows[-1][name]:
+            raise Bad(f"says {name} {value}, the last row {rows[-1][name]}")
     return f"agrees with the last row (loss {summary['loss']:.4f})"
 
 
@@ -121,6 +123,10 @@ def _checkpoints(folder: Path) -> str:
     for path in found:
         if problem := damage(path):
             raise Bad(f"{path.name}: {problem}")
+        state = _json(path / "state.json")
+        with (folder / "metrics.jsonl").open("rb") as rows:
+            if hashlib.sha256(rows.read(state["metrics_bytes"])).hexdigest() != state["metrics_sha256"]:
+                raise Bad(f"metrics.jsonl is not what {path.name} was written with: a row was edited since")
     return f"{', '.join(path.name for path in found)}: checksums hold"
 
 

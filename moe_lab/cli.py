@@ -42,8 +42,10 @@ def main() -> int:
         return import_module("moe_lab.completion").main(argv[1:])
     if argv[0] not in VERBS:
         return complain([f"no such command: {printable(argv[0])}{_nearest_verb(argv[0])}"])
-    # Waiting threads that spin cost a shared machine several times the work; read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads of libgomp that spin while they wait slow a shared machine down; spinning briefly costs an
+    # idle one 5 % (see docs/design.md). Read when torch is first imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
         return import_module(f"moe_lab.verbs.{argv[0]}").main(argv[1:])
     except KeyboardInterrupt:

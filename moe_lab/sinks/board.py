@@ -1,7 +1,9 @@
 """The live screen of a run as a pure function of what is known: dashboard(State) -> renderable. L layers, E experts."""
 
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -231,3 +233,9 @@ def clock(seconds: float | None) -> str:
 def clean(text: str) -> str:
     """Text from outside without the characters that steer a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def short(path: Path) -> str:
+    """The path as one would type it here."""
+    relative = os.path.relpath(path)
+    return clean(str(path) if relative.startswith("..") else relative)

@@ -1,6 +1,5 @@
 """The run in the terminal: a live screen where there is one, else one plain line per log step."""
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from moe_lab.sinks.base import Sink, guarded
-from moe_lab.sinks.board import State, clean, dashboard, headline
+from moe_lab.sinks.board import State, dashboard, headline, short
 from moe_lab.sinks.lines import closing, evaluation, start_lines, step_line, verdict_line
 
 REFRESH = 0.1  # seconds between redraws at most; drawing costs the training process its time
@@ -74,9 +73,3 @@ class Console(Sink):
 
     def _say(self, text: Text) -> None:
         self.console.print(text, soft_wrap=True, highlight=False)  # long paths stay whole when copied
-
-
-def short(path: Path) -> str:
-    """The path as one would type it here."""
-    relative = os.path.relpath(path)
-    return clean(str(path) if relative.startswith("..") else relative)

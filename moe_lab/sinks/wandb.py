@@ -13,6 +13,7 @@ from typing import Any, Literal
 from moe_lab.config import option
 from moe_lab.sinks.account import has_key
 from moe_lab.sinks.base import Sink, guarded, one_line
+from moe_lab.sinks.board import short
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class Wandb(Sink):
         except Exception:
             self.note = "off, it could not start; the metrics are in the run directory"
             raise
-        self.note += f"; to upload later: {sync} {shlex.quote(str(Path(self.run.dir).parent))}"
+        self.note += f"; to upload later: {sync} {shlex.quote(short(Path(self.run.dir).parent))}"
 
     def _init(
         self, run_dir: Path, cfg: dict[str, Any], facts: dict[str, Any], mode: Literal["online", "offline"], run_id: str

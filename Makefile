@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/moe-lab train router=gumbel_ste
@@ -27,6 +27,10 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
+
+# Measure speed and memory against the targets (about ten minutes; an idle machine).
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks
 
 # Draw the README's pictures from real runs, and the metric and verdict pages from their declarations.
 docs: $(VENV)/.installed-test

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from moe_lab import durable
+from moe_lab import durable, reading
 
 log = logging.getLogger(__name__)
 TENSORS = ("model", "optimizer", "state")
+FILES = {"state.json", *(f"{name}.safetensors" for name in TENSORS)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,10 @@ def newest(folder: Path) -> Checkpoint | None:
     for path in reversed(found):
         problem = damage(path)
         if problem is None:
-            return load_checkpoint(path)
+            try:
+                return load_checkpoint(path)
+            except (SafetensorError, ValueError) as error:  # whole as it was written, and yet no checkpoint
+                problem = " ".join(str(error).split())
         log.warning("checkpoint %s is damaged (%s); trying the one before", path.name, problem)
     if found:
         raise ValueError(f"{folder}: every checkpoint is damaged")
@@ -71,18 +76,22 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSORS}
-    manifest = json.loads((path / "manifest.json").read_text())
-    return Checkpoint(manifest["step"], **tensors, values=json.loads((path / "state.json").read_text()))
+    step = reading.json_file(path / "manifest.json")["step"]
+    return Checkpoint(step, **tensors, values=reading.json_file(path / "state.json"))
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = reading.json_file(path / "manifest.json")
+        if set(manifest["files"]) != FILES or manifest["step"] != int(path.name.removeprefix("step-")):
+            return "manifest.json is not that of this checkpoint"
         for name, expected in manifest["files"].items():
-            content = (path / name).read_bytes()
-            if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-                return f"{name} does not match its checksum"
+            if not (path / name).is_file() or (path / name).stat().st_size != expected["bytes"]:
+                return f"{name} has not the size that it was written with"
+            with (path / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None

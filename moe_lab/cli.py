@@ -62,9 +62,11 @@ def quiet_pipe() -> None:
 
 
 def complain(lines: list[str], code: int = 2) -> int:
-    """Print each line to stderr after the program's name and return the exit code."""
+    """Print each line to stderr after the program's name, without secrets, and return the exit code."""
+    from moe_lab.secrecy import hide
+
     for line in lines:
-        print(f"moe-lab: {printable(line)}", file=sys.stderr, flush=True)
+        print(f"moe-lab: {printable(hide(line))}", file=sys.stderr, flush=True)
     return code
 
 

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from moe_lab.secrecy import secrets_in
+
 Config = Mapping[str, Any]
 C = TypeVar("C", bound=type)
 
@@ -34,6 +36,7 @@ HOMES = {
     "logger": "moe_lab.sinks",
     "root": "moe_lab.settings",
 }
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LISTS = {"balance": "balance", "logger": ""}  # groups that take a list, and the node under which it lands
 _registry: dict[str, dict[str, type]] = {group: {} for group in HOMES}
 
@@ -116,7 +119,7 @@ def check(cfg: Config) -> list[str]:
         discover()
     except ValueError as error:
         return [str(error)]
-    if problems := list(_targets(cfg, "")):
+    if problems := [*_targets(cfg, ""), *unfit_for_a_record(cfg, "")]:
         return problems
     for path, group, node in nodes(cfg):
         problems += _node_problems(path, group, node)
@@ -233,6 +236,23 @@ def nearest(wrong: str, right: Iterable[str]) -> str:
     if close:
         return f"; did you mean {' or '.join(close[:3])}?"
     return f"; there are: {', '.join(names)}" if len(names) <= 20 else ""
+
+
+def unfit_for_a_record(node: Any, path: str) -> list[str]:
+    """Secrets and text that steers a terminal: configs are written down, shown, and sent to W&B."""
+    return [*secrets_in(node, path), *_controls(node, path)]
+
+
+def _controls(node: Any, path: str) -> Iterator[str]:
+    """Control characters but newline and tab, halves of characters, and what reverses the reading direction."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _controls(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from _controls(value, f"{path}.{i}")
+    elif isinstance(node, str) and (found := CONTROL.search(node)):
+        yield f"{path}: holds the control character U+{ord(found[0]):04X}"
 
 
 def _targets(node: Any, path: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ import copy
 import itertools
 import math
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,9 +27,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType, RangeSweep
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from moe_lab import config, mistakes, naming, presets
+from moe_lab import config, mistakes, naming, places, presets
+from moe_lab.secrecy import secrets_in
 
 T = TypeVar("T")
 MAX_JOBS = 2000
@@ -45,6 +47,8 @@ HANDLERS = (
     "logging.StreamHandler",
     "logging.FileHandler",
     "moe_lab.sinks.messages.TerminalHandler",
+    "moe_lab.sinks.messages.LogFile",
+    "moe_lab.sinks.messages.Formatter",
 )
 
 
@@ -100,7 +104,10 @@ def compose_one(app: Hydra, config_name: str, overrides: list[str]) -> DictConfi
             if o.is_sweep_override()
         ]
     )
-    return compose(app, config_name, overrides)
+    cfg = compose(app, config_name, overrides)
+    job = {key: value for key, value in _unresolved(cfg).items() if key != "hydra"}
+    _refuse(list(secrets_in(job)))
+    return cfg
 
 
 def _told(load: Callable[[], T], app: Hydra, config_name: str, overrides: list[str]) -> T:
@@ -114,9 +121,10 @@ def plan(app: Hydra, config_name: str, overrides: list[str], multirun: bool) -> 
     """Compose and check all that is asked for. Raises Refused with every mistake that was found."""
     swept = _told(lambda: _with_groups(app, overrides), app, config_name, overrides)
     master = compose(app, config_name, swept, RunMode.MULTIRUN, validate_sweep_overrides=False)
-    refused = list(forbidden(OmegaConf.to_container(master.hydra, resolve=False)))
-    if refused:
-        raise Refused(refused)
+    hydra_part = _unresolved(master.hydra)
+    _refuse(list(forbidden(hydra_part)))
+    told = {key: value for key, value in hydra_part.items() if key != "overrides"}  # those are in the job's config
+    _refuse(config.unfit_for_a_record(told, "hydra") or list(places.joined(hydra_part)))
     multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
     asked = [o for o in (swept if multirun else overrides) if not o.startswith("hydra.mode=")]
     asked.append(f"hydra.mode={'MULTIRUN' if multirun else 'RUN'}")
@@ -150,9 +158,11 @@ def _refuse(problems: list[str]) -> None:
 def _taken(cfg: DictConfig) -> list[str]:
     """A run directory of the user's own choice must be new, or hold a run."""
     folder = Path(str(cfg.hydra.run.dir))
+    if problems := places.named("hydra.run.dir", str(folder)):
+        return problems
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "status.json").exists():
         return [f"hydra.run.dir={folder}: is not empty and holds no run; choose a new directory"]
-    return []
+    return places.directory("hydra.run.dir", str(folder))
 
 
 def _check_sweep(app: Hydra, config_name: str, overrides: list[str]) -> None:
@@ -162,6 +172,7 @@ def _check_sweep(app: Hydra, config_name: str, overrides: list[str]) -> None:
     parsed = OverridesParser.create(config_loader=app.config_loader).parse_overrides(
         params + list(master.hydra.overrides.task)
     )
+    _refuse(places.directory("hydra.sweep.dir", str(master.hydra.sweep.dir)))
     many = math.prod(_length(override) for override in {o.get_key_element(): o for o in parsed}.values())
     if many > MAX_JOBS:
         raise Refused([f"this sweep has {many:,} jobs; the limit is {MAX_JOBS:,}: sweep over less at a time"])
@@ -173,6 +184,10 @@ def _check_sweep(app: Hydra, config_name: str, overrides: list[str]) -> None:
     _refuse([_where(problem, where, many) for problem, where in told.items()])
 
 
+def _unresolved(cfg: DictConfig) -> dict[str, Any]:
+    return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+
+
 class Composed:
     """Jobs of one sweep. What Hydra composes from groups is kept and plain values are set in copies of it:
     a job then takes 8 ms to check instead of 80."""
@@ -182,13 +197,22 @@ class Composed:
         self.groups = set(app.config_loader.list_groups(""))
         self.parser = OverridesParser.create(config_loader=app.config_loader)
         self.bases: dict[tuple[str, ...], DictConfig] = {}
+        self.named_by_us = str(_unresolved(master.hydra.sweep)["subdir"]).startswith("${moe_lab.job_name:")
 
     def problems(self, job: list[str]) -> list[str]:
         try:
             cfg = _told(lambda: naming.plain(self._compose(job)), self.app, self.config_name, job)
+            problems = config.check(cfg)
+            return problems or ([] if self.named_by_us else places.below("hydra.sweep.subdir", self._subdir(job)))
         except Refused as refused:
             return refused.lines
-        return config.check(cfg)
+
+    def _subdir(self, job: list[str]) -> str:
+        """Where Hydra will put a job, under a name of the user's own."""
+        cfg = self.app.config_loader.load_sweep_config(self.master, job)
+        with open_dict(cfg), read_write(cfg):
+            cfg.hydra.job.num, cfg.hydra.job.id = 0, "0"
+        return _told(lambda: str(cfg.hydra.sweep.subdir), self.app, self.config_name, job)
 
     def _compose(self, job: list[str]) -> DictConfig:
         parsed = self.parser.parse_overrides(job)

@@ -1,15 +1,13 @@
 """`moe_lab.load(run)`: a run's model, config and metrics in Python."""
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from moe_lab import checkpoint
+from moe_lab import checkpoint, reading
 from moe_lab.assemble import bare_model, prepare
 from moe_lab.config import build
 from moe_lab.datasets.base import Data
@@ -65,9 +63,9 @@ def load(run: str | Path) -> LoadedRun:
     """Open a run directory. ValueError where there is none."""
     folder = Path(run)
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config = reading.yaml_file(folder / "config.yaml")
     except FileNotFoundError:
         raise ValueError(f"{folder}: no run directory (it has no config.yaml)") from None
     status = read_status(folder) or {"status": "created"}
-    env = json.loads((folder / "env.json").read_text()) if (folder / "env.json").exists() else {}
+    env = reading.json_file(folder / "env.json") if (folder / "env.json").exists() else {}
     return LoadedRun(folder, config, read_rows(folder / "metrics.jsonl"), env, status["status"])

@@ -20,6 +20,7 @@ from omegaconf.errors import (
 
 from moe_lab import config, presets
 from moe_lab.config import nearest
+from moe_lab.secrecy import redact
 
 HIDDEN = (".name", "_target_")
 LAUNCHERS = " (pip install hydra-joblib-launcher or hydra-submitit-launcher)"
@@ -45,6 +46,7 @@ def explain(error: BaseException, loader: ConfigLoader, config_name: str, overri
 
 
 def _unreadable(override: str) -> str:
+    override = redact(override)
     if "=" not in override.lstrip("=") or override.startswith("="):
         return f"{override}: not understood; write key=value, e.g. router=topk"
     return f"{override}: cannot be read; quote a value with special characters: 'key=\"a, b\"'"

@@ -8,7 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moe_lab.run import NOT_NUMBERS, SECRET, config_hash
+from moe_lab.run import NOT_NUMBERS, config_hash
+from moe_lab.secrecy import secret_name
 from moe_lab.settings import quick
 
 
@@ -64,7 +65,7 @@ def register_resolvers() -> None:
 
 def _environment(name: str, *default: Any) -> Any:
     """oc.env, but for secrets: configs are written down with every run."""
-    if SECRET.search(name):
+    if secret_name(name):
         raise ValueError(f"${{oc.env:{name}}} would write a secret into the run's config")
     if name not in os.environ and not default:
         raise ValueError(f"the environment variable {name} is not set")

@@ -1,14 +1,15 @@
 """What a run wrote down, read back without torch: for diff and export."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from moe_lab import reading
 
-from moe_lab.run import read_rows
+
+class Damaged(ValueError):
+    """What stands in a run directory is not what a run writes."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ def read(folder: Path) -> Recorded:
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: no run directory (it has no config.yaml)")
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config = reading.yaml_file(folder / "config.yaml")
         env, status, summary = (_json(folder / name) for name in ("env.json", "status.json", "summary.json"))
-        rows, timing = read_rows(folder / "metrics.jsonl"), read_rows(folder / "timing.jsonl")
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{folder}: damaged ({_first_line(error)}); see moe-lab verify {folder}") from None
+        rows, timing = reading.rows(folder / "metrics.jsonl"), reading.rows(folder / "timing.jsonl")
+    except ValueError as error:
+        raise Damaged(f"{folder}: damaged ({_first_line(error)}); see moe-lab verify {folder}") from None
     return Recorded(folder, config, env, status, summary, rows, timing)
 
 
@@ -45,7 +46,7 @@ def flat(node: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return reading.json_file(path) if path.exists() else {}
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import platform
-import re
 import signal
 import subprocess
 import time
@@ -24,12 +23,11 @@ from typing import Any, Self
 
 import yaml
 
-from moe_lab import __version__, durable
+from moe_lab import __version__, durable, places, reading
+from moe_lab.secrecy import hide, redact, redacted
 
 log = logging.getLogger(__name__)
 Config = Mapping[str, Any]
-SECRET = re.compile(r"(?i)(^|[_.-])(api_?key|key|token|secret|password|passwd|credentials?)$")
-USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 # Keys that say where a run lives or whom it tells, and nothing about its numbers.
 NOT_NUMBERS = ("output_dir", "study", "resume", "checkpoint", "wandb", "fast")
 VERSIONS = ("torch", "numpy", "hydra-core", "omegaconf", "pydantic", "safetensors", "wandb", "datasets", "rich")
@@ -54,6 +52,8 @@ class Run:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if problem := places.leads_out(self.folder):
+            raise Stop(4, problem)
         self._lock = open(self.folder / ".lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,8 +157,8 @@ def outcome(error: BaseException | None) -> tuple[str, str | None]:
     if error is None:
         return "completed", None
     if isinstance(error, Stop):
-        return {3: "diverged", 75: "preempted"}.get(error.code, "failed"), error.message
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
+        return {3: "diverged", 75: "preempted"}.get(error.code, "failed"), hide(error.message)
+    text = hide(f"{type(error).__name__}: {error}".rstrip(": "))
     if isinstance(error, KeyboardInterrupt):
         return "preempted", text
     full = isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
@@ -168,8 +168,8 @@ def outcome(error: BaseException | None) -> tuple[str, str | None]:
 def same_run(folder: Path, cfg: Config) -> bool:
     """Whether the run recorded in a directory has the numbers of `cfg`; a directory without a record has not."""
     try:
-        return config_hash(yaml.safe_load((folder / "config.yaml").read_text())) == config_hash(cfg)
-    except FileNotFoundError:
+        return config_hash(reading.yaml_file(folder / "config.yaml")) == config_hash(cfg)
+    except (FileNotFoundError, ValueError):
         return False
 
 
@@ -179,7 +179,7 @@ def moved(folder: Path, env: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     Stop(4) where the run would go on in other arithmetic altogether.
     """
     try:
-        old = json.loads((folder / "env.json").read_text())
+        old = reading.json_file(folder / "env.json")
     except FileNotFoundError:
         return []
     for key in ("device", "dtype"):
@@ -213,22 +213,22 @@ def finite(value: Any) -> Any:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a jsonl file; a torn last line is left out."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1]]
+    return reading.rows(path)
 
 
 def lenient_rows(path: Path) -> list[dict[str, Any]]:
     """The readable rows of a file that nothing depends on."""
     found = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    for line in reading.content(path).split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
+            found.append(reading.row(line, path.name))
     return found
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / "status.json").read_text())
+        found = reading.json_file(folder / "status.json")
+        return found if type(found.get("attempt")) is int and type(found.get("step")) is int else None
     except (FileNotFoundError, ValueError):
         return None
 
@@ -237,23 +237,6 @@ def config_hash(cfg: Config) -> str:
     """sha256 (16 hex digits) of the part of a config that decides a run's numbers."""
     numbers = redacted({key: value for key, value in cfg.items() if key not in NOT_NUMBERS})
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def redact(text: str) -> str:
-    """An override without its secret."""
-    key, equals, _ = text.partition("=")
-    return f"{key}=[redacted]" if equals and SECRET.search(key) else USER_INFO.sub("[redacted]@", text)
-
-
-def redacted(node: Any) -> Any:
-    """A config without values of secret-looking keys or user names and passwords in URLs."""
-    if isinstance(node, Mapping):
-        return {
-            k: "[redacted]" if SECRET.search(str(k)) and isinstance(v, str) else redacted(v) for k, v in node.items()
-        }
-    if isinstance(node, list):
-        return [redacted(v) for v in node]
-    return USER_INFO.sub("[redacted]@", node) if isinstance(node, str) else node
 
 
 def environment() -> dict[str, Any]:

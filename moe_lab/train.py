@@ -19,7 +19,8 @@ from moe_lab.evaluate import Evaluator
 from moe_lab.loop import Loop, Parts
 from moe_lab.observe.recorder import Recorder
 from moe_lab.observe.verdict import Judge
-from moe_lab.run import Run, Stop, outcome, read_status, redacted, same_run
+from moe_lab.run import Run, Stop, outcome, read_status, same_run
+from moe_lab.secrecy import redacted
 from moe_lab.settings import quick
 from moe_lab.sinks.base import Sink
 from moe_lab.sinks.console import Console

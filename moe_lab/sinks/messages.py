@@ -1,7 +1,35 @@
 """Log messages on the terminal, above the live screen where there is one. Named by conf/hydra/job_logging."""
 
+import errno
 import logging
+import os
 import sys
+from typing import Any
+
+from moe_lab.secrecy import hide
+
+
+class Formatter(logging.Formatter):
+    """Messages without secrets and without the characters that steer a terminal, in train.log as well."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "".join(c if c.isprintable() or c == "\n" else "?" for c in hide(super().format(record)))
+
+
+class LogFile(logging.FileHandler):
+    """Appends to a file, but never through a link: what stands in its place might lead out of the run directory."""
+
+    def _open(self) -> Any:
+        try:
+            return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_no_link)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            return open(os.devnull, "w")  # the run itself is refused, see Run
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 class TerminalHandler(logging.Handler):

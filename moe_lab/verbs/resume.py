@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from moe_lab import config, presets
+from moe_lab import config, presets, reading
 from moe_lab.cli import complain
 from moe_lab.recorded import flat
 from moe_lab.run import lenient_rows, read_status
@@ -27,9 +26,9 @@ def main(run: str, overrides: list[str]) -> int:
     if "config.yaml" not in recorded:
         return complain([f"resume={run}: no run directory (it has no config.yaml)"])
     try:
-        cfg = yaml.safe_load((folder / "config.yaml").read_text())
-        choices = json.loads((folder / "env.json").read_text())["choices"]
-    except (OSError, ValueError, KeyError, yaml.YAMLError):
+        cfg = reading.yaml_file(folder / "config.yaml")
+        choices = reading.json_file(folder / "env.json")["choices"]
+    except (OSError, ValueError, KeyError):
         return complain([f"resume={run}: config.yaml or env.json is damaged; see moe-lab verify {run}"], 4)
     try:
         changed, refused = _apply(overrides, cfg, choices)
@@ -79,8 +78,7 @@ def _apply(overrides: list[str], cfg: dict[str, Any], choices: Mapping[str, str]
 def _go(folder: Path, cfg: dict[str, Any]) -> int:
     from moe_lab.verbs.train import guarded
 
-    text = (presets.conf_dir() / "hydra/job_logging/moe_lab.yaml").read_text()
-    told = yaml.safe_load(text)
+    told = reading.yaml_file(presets.conf_dir() / "hydra/job_logging/moe_lab.yaml")
     told["handlers"]["file"]["filename"] = str(folder / "train.log")
     logging.config.dictConfig(told)
 

@@ -21,19 +21,16 @@ class _Permute(Function):
     """x [T, D] -> rows [T*K, D] in expert order; backward gathers by the inverse and sums over K (no index_put)."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, kept_N: Tensor | None, K: int) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, inverse_N: Tensor, kept_N: Tensor | None) -> Tensor:
         ctx.save_for_backward(inverse_N, kept_N)
-        ctx.K = K
-        return x_TD.index_select(0, order_N // K)
+        ctx.K = token_N.numel() // x_TD.shape[0]
+        return x_TD.index_select(0, token_N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         inverse_N, kept_N = ctx.saved_tensors
-        grad = grad_ND.index_select(0, inverse_N)
-        if kept_N is not None:  # rows that no expert computed carry no defined gradient
-            grad = grad.masked_fill(~kept_N[:, None], 0)
-        return grad.view(-1, ctx.K, grad.shape[-1]).sum(1), None, None, None, None
+        return _per_token(grad_ND, inverse_N, kept_N, ctx.K), None, None, None
 
 
 class _Combine(Function):
@@ -45,25 +42,36 @@ class _Combine(Function):
         rows_ND: Tensor,
         weight_TK: Tensor,
         order_N: Tensor,
+        token_N: Tensor,
         inverse_N: Tensor,
         kept_N: Tensor | None,
     ) -> Tensor:
-        T, K = weight_TK.shape
-        rows = rows_ND.index_select(0, inverse_N)
-        if kept_N is not None:
-            rows = rows.masked_fill(~kept_N[:, None], 0)
-        rows_TKD = rows.view(T, K, -1)
-        ctx.save_for_backward(rows_TKD, weight_TK, order_N)
-        return torch.einsum("tkd,tk->td", rows_TKD, weight_TK.to(rows.dtype))
+        weight_N = weight_TK.reshape(-1).index_select(0, order_N).to(rows_ND.dtype)
+        ctx.save_for_backward(rows_ND, weight_N, token_N, inverse_N, kept_N)
+        ctx.weights = weight_TK.shape, weight_TK.dtype
+        return _per_token(rows_ND * weight_N[:, None], inverse_N, kept_N, weight_TK.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows_TKD, weight_TK, order_N = ctx.saved_tensors
-        K = weight_TK.shape[1]
-        grad_weight = torch.einsum("td,tkd->tk", grad_TD, rows_TKD).to(weight_TK.dtype)
-        weight_N = weight_TK.reshape(-1).index_select(0, order_N).to(grad_TD.dtype)
-        return grad_TD.index_select(0, order_N // K) * weight_N[:, None], grad_weight, None, None, None
+        rows_ND, weight_N, token_N, inverse_N, kept_N = ctx.saved_tensors
+        shape, dtype = ctx.weights
+        grad_ND = grad_TD.index_select(0, token_N)
+        grad_weight = torch.linalg.vecdot(grad_ND, rows_ND).index_select(0, inverse_N)
+        if kept_N is not None:
+            grad_weight = grad_weight.masked_fill(~kept_N, 0)
+        return grad_ND * weight_N[:, None], grad_weight.view(shape).to(dtype), None, None, None, None
+
+
+def _per_token(rows_ND: Tensor, inverse_N: Tensor, kept_N: Tensor | None, K: int) -> Tensor:
+    """Rows in expert order -> their sum over each token's K rows [T, D]; rows that no expert computed count as 0."""
+    rows_ND = rows_ND.index_select(0, inverse_N)
+    if kept_N is not None:
+        rows_ND = rows_ND.masked_fill(~kept_N[:, None], 0)
+    rows_TKD = rows_ND.view(-1, K, rows_ND.shape[1])
+    if K <= 2:  # a reduction over one or two is several times slower than these on a CPU
+        return rows_TKD[:, 0] if K == 1 else rows_TKD[:, 0] + rows_TKD[:, 1]
+    return rows_TKD.sum(1)
 
 
 @dataclass(frozen=True)
@@ -110,13 +118,20 @@ class Assignments:
 
     def gather(self, x_TD: Tensor) -> Tensor:
         """x [T, D] -> rows [N, D] sorted by expert."""
-        order_N, inverse_N, _ = self._order
-        return _Permute.apply(x_TD, order_N, inverse_N, self._kept_N, self.expert_TK.shape[1])  # pyright: ignore
+        _, inverse_N, _ = self._order
+        return _Permute.apply(x_TD, self._token_N, inverse_N, self._kept_N)  # pyright: ignore
 
     def combine(self, rows_ND: Tensor) -> Tensor:
         """Expert outputs [N, D] -> their weighted sum per token [T, D]."""
         order_N, inverse_N, _ = self._order
-        return _Combine.apply(rows_ND, self.weight_TK, order_N, inverse_N, self._kept_N)  # pyright: ignore
+        return _Combine.apply(  # pyright: ignore
+            rows_ND, self.weight_TK, order_N, self._token_N, inverse_N, self._kept_N
+        )
+
+    @cached_property
+    def _token_N(self) -> Tensor:
+        """The token of every row."""
+        return self._order[0] // self.expert_TK.shape[1]
 
     @property
     def _kept_N(self) -> Tensor | None:
@@ -195,6 +210,11 @@ Plan = Assignments | Mixture
 def shares(weight_TK: Tensor) -> Tensor:
     """Weights over their row sum; rows below 1e-20 (sigmoids of logits under -46) fade to 0, not to 0 / 0."""
     return weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+
+
+def best(rank_TE: Tensor, k: int) -> Tensor:
+    """The k experts that rank highest for each token, best first, int64 [T, k]."""
+    return rank_TE.argmax(-1, keepdim=True) if k == 1 else rank_TE.topk(k, -1).indices
 
 
 def count(index_N: Tensor, size: int) -> Tensor:

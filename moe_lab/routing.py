@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.plans import Assignments, Mixture, Plan, shares
+from moe_lab.plans import Assignments, Mixture, Plan, best, shares
 from moe_lab.seeding import parameter
 
 __all__ = ["Assignments", "Context", "Knobs", "Mixture", "Plan", "Router", "Routing"]
@@ -87,9 +87,9 @@ class Router(nn.Module):
         """Gate values of logits that are already divided by the temperature."""
         return logits_TE.softmax(-1)
 
-    def distribution(self, logits_TE: Tensor) -> Tensor:
-        """The gate normalised over experts."""
-        return self.gate(logits_TE)
+    def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
+        """The gate normalised over experts; `gates_TE` are the gate values of `logits_TE`."""
+        return gates_TE
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor) -> Plan:
         """From what ranks the experts (noisy logits, or gates plus selection bias) and the gate values, the plan."""
@@ -102,7 +102,7 @@ class Router(nn.Module):
 
     def top_k(self, rank_TE: Tensor, gates_TE: Tensor, renormalise: bool = False) -> Assignments:
         """The k best-ranked experts of each token, weighted by their gate values (renormalised to sum to one)."""
-        expert_TK = rank_TE.topk(self.k, -1).indices
+        expert_TK = best(rank_TE, self.k)
         weight_TK = gates_TE.gather(1, expert_TK)
         if renormalise:
             weight_TK = shares(weight_TK)
@@ -116,14 +116,16 @@ class Router(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.float() if x_TD.dtype != torch.float64 else x_TD
             logits_TE = self.score(x_TD)
+            sharp_TE = logits_TE / ctx.knobs.temperature
+            clean_TE = gates_TE = self.gate(sharp_TE)
             noisy_TE, std_TE = logits_TE, None
             if ctx.noise_TE is not None:
                 std_TE = (self.noise_std(x_TD) * ctx.knobs.noise).expand_as(logits_TE)
                 noisy_TE = logits_TE + ctx.noise_TE * std_TE
-            gates_TE = self.gate(noisy_TE / ctx.knobs.temperature)
+                gates_TE = self.gate(noisy_TE / ctx.knobs.temperature)
             rank_TE = noisy_TE if ctx.bias_E is None else self.gate(noisy_TE) + ctx.bias_E
             plan = self.choose(rank_TE.detach(), gates_TE)
-            probs_TE = self.distribution(logits_TE / ctx.knobs.temperature)
+            probs_TE = self.distribution(sharp_TE, clean_TE)
         if ctx.hard is not None:
             plan = plan.harden(ctx.hard)
         return Routing(plan, logits_TE, probs_TE, noisy_TE, std_TE)

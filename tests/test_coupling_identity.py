@@ -22,7 +22,7 @@ def test_gradient_rows_point_along_the_token(node: dict[str, Any], kind: str):
     y_1D, routing = moe(x_1D, context(draw(moe.router, 1)))
     (y_1D * randn(1, D, key=("c",))).sum().backward()
     rows = {f"router.{name}": p.grad for name, p in moe.router.named_parameters() if p.grad is not None}
-    rows |= {f"experts.w_in[{e}]": grad(moe.experts.w_in_EDI)[e].T for e in range(E)}  # one row per neuron
+    rows |= {f"experts.w_in[{e}]": grad(moe.experts.w_in_EID)[e] for e in range(E)}  # one row per neuron
     largest = max(float(g.norm(dim=-1).max()) for g in rows.values())
     for name, g_RD in rows.items():
         # What is left of a frozen router's gradient is the rounding of 1 - 1: it has no direction.

@@ -30,7 +30,7 @@ class Naive(nn.Module):
     def __init__(self, moe: MoE, temperature: float, keep: int):
         super().__init__()
         self.router_ED = moe.router.weight_ED
-        self.w_in_EDI, self.w_out_EFD = moe.experts.w_in_EDI, moe.experts.w_out_EFD
+        self.w_in_EID, self.w_out_EFD = moe.experts.w_in_EID, moe.experts.w_out_EFD
         self.temperature, self.keep = temperature, keep
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Naive(nn.Module):
         weight_TE = weight_TE / weight_TE.sum(-1, keepdim=True)
         y_TD = torch.zeros_like(x_TD)
         for e in range(weight_TE.shape[1]):
-            gate_TF, up_TF = (x_TD @ self.w_in_EDI[e]).chunk(2, -1)
+            gate_TF, up_TF = (x_TD @ self.w_in_EID[e].T).chunk(2, -1)
             y_TD += weight_TE[:, e, None] * ((F.silu(gate_TF) * up_TF) @ self.w_out_EFD[e])
         return y_TD
 
@@ -64,7 +64,7 @@ def decided(*overrides: str) -> Parts:
     parts = assemble(tiny(*overrides))
     with torch.no_grad():
         for moe in parts.model.moes:
-            moe.router.weight_ED.mul_(20)
+            moe.router.weight_ED.mul_(30)
             moe.experts.w_out_EFD.mul_(5)
         parts.model.embed.mul_(10)
     return parts

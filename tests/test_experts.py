@@ -39,7 +39,7 @@ def by_hand(experts: Experts, rows_ND: Tensor, counts: list[int]) -> Tensor:
     expert_N = [e for e, n in enumerate(counts) for _ in range(n)]
     out = []
     for row_D, e in zip(rows_ND, expert_N, strict=True):
-        w_in_DI, w_out_FD = experts.w_in_EDI[e], experts.w_out_EFD[e]
+        w_in_DI, w_out_FD = experts.w_in_EID[e].T, experts.w_out_EFD[e]
         if type(experts).__name__ == "MLP":
             h_F = F.gelu(row_D @ w_in_DI)
         else:
@@ -53,7 +53,7 @@ def run(experts: Experts, rows_ND: Tensor, counts: list[int]) -> list[Tensor]:
     rows_ND = rows_ND.detach().requires_grad_()
     y_ND = experts(rows_ND, torch.tensor(counts))
     c_ND = randn(*y_ND.shape, key=("c",)).to(y_ND.dtype)
-    inputs = (rows_ND, experts.w_in_EDI, experts.w_out_EFD)
+    inputs = (rows_ND, experts.w_in_EID, experts.w_out_EFD)
     return [y_ND, *torch.autograd.grad((y_ND * c_ND).sum(), inputs)]
 
 
@@ -89,11 +89,11 @@ def test_gradients_against_finite_differences(kind: str):
     experts = bank(kind, 3, torch.float64, width=2, backend="loop")
     rows_ND = randn(7, 3).requires_grad_()
 
-    def layer(rows_ND: Tensor, w_in_EDI: Tensor, w_out_EFD: Tensor) -> Tensor:
-        weights = {"w_in_EDI": w_in_EDI, "w_out_EFD": w_out_EFD}
+    def layer(rows_ND: Tensor, w_in_EID: Tensor, w_out_EFD: Tensor) -> Tensor:
+        weights = {"w_in_EID": w_in_EID, "w_out_EFD": w_out_EFD}
         return torch.func.functional_call(experts, weights, (rows_ND, torch.tensor([2, 0, 4, 1])))
 
-    assert gradcheck(layer, (rows_ND, experts.w_in_EDI, experts.w_out_EFD))
+    assert gradcheck(layer, (rows_ND, experts.w_in_EID, experts.w_out_EFD))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_rows_behind_the_last_expert_touch_nothing(backend: str):
     for tail in (0.0, torch.nan):
         rows_ND = torch.cat([randn(10, D).float(), torch.full((4, D), tail)]).requires_grad_()
         y_ND = experts(rows_ND, torch.tensor(counts))[:10]
-        found.append([y_ND, *torch.autograd.grad(y_ND.sum(), (experts.w_in_EDI, experts.w_out_EFD))])
+        found.append([y_ND, *torch.autograd.grad(y_ND.sum(), (experts.w_in_EID, experts.w_out_EFD))])
     for clean, dirty in zip(*found, strict=True):
         assert torch.equal(clean, dirty)
 
@@ -171,7 +171,7 @@ def test_moe_layer_with_every_router(node: dict[str, Any]):
         x_TD = randn(12, D).to(dtype).requires_grad_()
         y_TD, routing = moe(x_TD, context(draw(moe.router, 12)))
         (y_TD * randn(12, D, key=("c",)).to(dtype)).sum().backward()
-        found.append([y_TD, grad(x_TD), grad(moe.experts.w_in_EDI), grad(moe.experts.w_out_EFD)])
+        found.append([y_TD, grad(x_TD), grad(moe.experts.w_in_EID), grad(moe.experts.w_out_EFD)])
         if dtype == torch.float64:
             every_TED = torch.stack([by_hand_all(moe.experts, x_TD, e) for e in range(E)], 1)
             torch.testing.assert_close(y_TD, torch.einsum("te,ted->td", dense_weights(routing.plan), every_TED))

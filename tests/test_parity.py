@@ -27,7 +27,7 @@ def copy_gated(ours: MoE, block: Any) -> None:
     set_weights(
         {
             block.gate.weight: ours.router.weight_ED,
-            block.experts.gate_up_proj: ours.experts.w_in_EDI.transpose(1, 2),
+            block.experts.gate_up_proj: ours.experts.w_in_EID,
             block.experts.down_proj: ours.experts.w_out_EFD.transpose(1, 2),
         }
     )
@@ -45,7 +45,7 @@ def run_both(ours: MoE, block: Any, ctx: Context) -> dict[str, tuple[Tensor, Ten
         "output": (y_TD, theirs.view(T, D)),
         "gradient of x": (grad(x_TD), grad(x).view(T, D)),
         "gradient of the router": (grad(ours.router.weight_ED), grad(block.gate.weight)),
-        "gradient of w_in": (grad(ours.experts.w_in_EDI), grad(block.experts.gate_up_proj).transpose(1, 2)),
+        "gradient of w_in": (grad(ours.experts.w_in_EID), grad(block.experts.gate_up_proj)),
         "gradient of w_out": (grad(ours.experts.w_out_EFD), grad(block.experts.down_proj).transpose(1, 2)),
     }
 
@@ -131,7 +131,7 @@ def test_switch_block_and_its_capacity(capacity: int):
     experts = [block.experts[f"expert_{e}"] for e in range(E)]
     set_weights({block.router.classifier.weight: ours.router.weight_ED})
     for e, expert in enumerate(experts):
-        set_weights({expert.wi.weight: ours.experts.w_in_EDI[e].T, expert.wo.weight: ours.experts.w_out_EFD[e].T})
+        set_weights({expert.wi.weight: ours.experts.w_in_EID[e], expert.wo.weight: ours.experts.w_out_EFD[e].T})
 
     x_TD, c_TD = randn(T, D).requires_grad_(), randn(T, D, key=("c",))
     x_1TD = x_TD.detach()[None].requires_grad_()
@@ -147,7 +147,7 @@ def test_switch_block_and_its_capacity(capacity: int):
             "output": (y_TD, theirs),
             "gradient of x": (grad(x_TD), grad(x_1TD)[0]),
             "gradient of the router": (grad(ours.router.weight_ED), grad(block.router.classifier.weight)),
-            "gradient of w_in": (grad(ours.experts.w_in_EDI), w_in.transpose(1, 2)),
+            "gradient of w_in": (grad(ours.experts.w_in_EID), w_in),
             "gradient of w_out": (grad(ours.experts.w_out_EFD), w_out.transpose(1, 2)),
         },
         FP64,
@@ -179,7 +179,7 @@ def test_st_moe_layer():
     class Expert(nn.Module):
         def __init__(self, e: int):
             super().__init__()
-            self.w_in = nn.Parameter(ours.experts.w_in_EDI[e].detach().clone())
+            self.w_in = nn.Parameter(ours.experts.w_in_EID[e].T.detach().clone())
             self.w_out = nn.Parameter(ours.experts.w_out_EFD[e].detach().clone())
 
         def forward(self, x: Tensor) -> Tensor:
@@ -200,8 +200,8 @@ def test_st_moe_layer():
             "output": (y_TD, theirs),
             "gradient of the router": (grad(ours.router.weight_ED), grad(layer.gate.to_gates.weight)),
             "gradient of w_in": (
-                grad(ours.experts.w_in_EDI),
-                torch.stack([grad(m.w_in) for m in layer.experts.experts]),
+                grad(ours.experts.w_in_EID),
+                torch.stack([grad(m.w_in).T for m in layer.experts.experts]),
             ),
         },
         FP64,

@@ -163,7 +163,7 @@ def test_all_dropped_is_zero_with_zero_gradients(backend: str):
     y_TD = plan.combine(moe.experts(plan.gather(x_TD), plan.counts_E))
     y_TD.sum().backward()
     assert not y_TD.any() and not grad(x_TD).any()
-    assert not grad(moe.experts.w_in_EDI).any() and not grad(moe.experts.w_out_EFD).any()
+    assert not grad(moe.experts.w_in_EID).any() and not grad(moe.experts.w_out_EFD).any()
 
 
 def test_hardened_choice_shares_the_whole_weight():

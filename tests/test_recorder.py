@@ -282,7 +282,7 @@ def test_coupling_is_that_of_the_weights_as_they_stand():
     layers = moes()
     with torch.no_grad():
         for moe in layers:
-            moe.experts.w_in_EDI[:, :, :16] = moe.router.weight_ED[:, :, None]
+            moe.experts.w_in_EID[:, :16] = moe.router.weight_ED[:, None]
     recorder = Recorder(layers, VOCABULARY, DOMAINS, S, "cpu")
     recorder.see(view(choices(64, 2)))
     assert recorder.row()["moe/coupling_matched"] == pytest.approx([1, 1])
@@ -293,7 +293,7 @@ def test_scores_against_activations():
     layers = moes()
     with torch.no_grad():
         for moe in layers:
-            moe.experts.w_in_EDI[:, :, :16] = moe.router.weight_ED[:, :, None]
+            moe.experts.w_in_EID[:, :16] = moe.router.weight_ED[:, None]
     x_TD = torch.randn(64, D, generator=generator(0, "x"))
     selected_TK = choices(64, 2)
     scores = (x_TD @ layers[0].router.weight_ED.T).gather(1, selected_TK).flatten()

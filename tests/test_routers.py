@@ -170,7 +170,7 @@ STE = [
 
 def every_expert_output(moe: Any, x_TD: Tensor) -> Tensor:
     """What each expert says of each token, without a plan, [T, E, D]."""
-    gate_TEF, up_TEF = torch.einsum("td,edi->tei", x_TD, moe.experts.w_in_EDI).chunk(2, -1)
+    gate_TEF, up_TEF = torch.einsum("td,eid->tei", x_TD, moe.experts.w_in_EID).chunk(2, -1)
     return torch.einsum("tef,efd->ted", torch.nn.functional.silu(gate_TEF) * up_TEF, moe.experts.w_out_EFD)
 
 
@@ -212,7 +212,7 @@ def test_straight_through_gradients_by_hand(node: dict[str, Any]):
 
     twin = make_moe(node, D, E)
     (torch.einsum("te,ted->td", hard_TE, every_expert_output(twin, x_TD)) * c_TD).sum().backward()
-    torch.testing.assert_close(grad(moe.experts.w_in_EDI), grad(twin.experts.w_in_EDI), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(grad(moe.experts.w_in_EID), grad(twin.experts.w_in_EID), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grad(moe.experts.w_out_EFD), grad(twin.experts.w_out_EFD), rtol=1e-10, atol=1e-12)
 
 
@@ -223,7 +223,7 @@ def test_unselected_experts_get_exactly_no_gradient(node: dict[str, Any]):
     y_TD.sum().backward()
     chosen_K = routing.plan.selected_TK[0].tolist()
     for e in range(E):
-        assert bool(grad(moe.experts.w_in_EDI)[e].any()) == (e in chosen_K)
+        assert bool(grad(moe.experts.w_in_EID)[e].any()) == (e in chosen_K)
         assert bool(grad(moe.experts.w_out_EFD)[e].any()) == (e in chosen_K)
 
 
@@ -235,7 +235,7 @@ def test_dense_backward_is_the_gradient_of_the_full_relaxation():
     for moe in (hard, soft):
         (moe(x_TD, context(noise_TE, temperature=0.75))[0] * c_TD).sum().backward()
     torch.testing.assert_close(grad(hard.router.weight_ED), grad(soft.router.weight_ED), rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(grad(hard.experts.w_in_EDI), grad(soft.experts.w_in_EDI))
+    assert not torch.allclose(grad(hard.experts.w_in_EID), grad(soft.experts.w_in_EID))
 
 
 @pytest.mark.parametrize("temperature", [0.2, 3.0])

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from moe_lab.config import option
 from moe_lab.seeding import parameter
@@ -56,7 +58,8 @@ class Experts(nn.Module):
         width = width or usual_width(dim, self.sides)
         self.num, self.width, self.backend = num, width, backend
         self.shared_experts, self.capacity_factor = shared_experts, capacity_factor
-        self.w_in_EDI = parameter(num, dim, self.sides * width, std=dim**-0.5)
+        # Input side by neuron, so that the gradient dh^T x of a CPU's product comes out in the order of its memory.
+        self.w_in_EID = parameter(num, self.sides * width, dim, std=dim**-0.5)
         # Residual branches shrink with depth, so that the stream's variance does not grow with it (GPT-2).
         self.w_out_EFD = parameter(num, width, dim, std=(2 * depth * width) ** -0.5)
 
@@ -72,15 +75,16 @@ class Experts(nn.Module):
 
     def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
         multiply = self._product(rows_ND)
-        return multiply(self.activate(multiply(rows_ND, self.w_in_EDI, counts_E)), self.w_out_EFD, counts_E)
+        h_NI = multiply(rows_ND, self.w_in_EID.transpose(1, 2), counts_E)
+        return multiply(self.activate(h_NI), self.w_out_EFD, counts_E)
 
     def hidden(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Activations of the input-side neurons, [N, F]."""
-        return self.neurons(self._product(rows_ND)(rows_ND, self.w_in_EDI, counts_E))
+        return self.neurons(self._product(rows_ND)(rows_ND, self.w_in_EID.transpose(1, 2), counts_E))
 
     def read_in_EFD(self) -> Tensor:
         """Each expert's input-side rows (the gate's for gated experts), [E, F, D]."""
-        return self.w_in_EDI[:, :, : self.width].transpose(1, 2)
+        return self.w_in_EID[:, : self.width]
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
@@ -93,7 +97,7 @@ class Experts(nn.Module):
     def _product(self, rows_ND: Tensor):
         """grouped_mm has no fp64 and needs rows of whole 16 bytes (torch 2.13)."""
         if self.backend == "auto":
-            aligned = all(n * rows_ND.element_size() % 16 == 0 for n in (self.w_in_EDI.shape[1], self.width))
+            aligned = all(n * rows_ND.element_size() % 16 == 0 for n in (self.w_in_EID.shape[2], self.width))
             return grouped if aligned and rows_ND.dtype != torch.float64 else loop
         return {"grouped": grouped, "loop": loop}[self.backend]
 
@@ -103,9 +107,30 @@ def usual_width(dim: int, sides: int) -> int:
     return 16 * math.ceil(8 * dim / (1 + sides) / 16)
 
 
+class _Grouped(Function):
+    """rows [N, X] times each expert's matrix [E, X, Y]. The cast of the weights is repeated in backward, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_NX: Tensor, w_EXY: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_NX, w_EXY, ends_E)
+        return F.grouped_mm(rows_NX, w_EXY.to(rows_NX.dtype), offs=ends_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NY: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows_NX, w_EXY, ends_E = ctx.saved_tensors
+        grad_NY = grad_NY.contiguous()  # an expanded gradient has no strides that grouped_mm takes
+        grad_NX = F.grouped_mm(grad_NY, w_EXY.to(grad_NY.dtype).transpose(1, 2), offs=ends_E)
+        if w_EXY.stride(1) == 1:  # stored by neuron: so is its gradient
+            grad_EXY = F.grouped_mm(grad_NY.t(), rows_NX, offs=ends_E).transpose(1, 2)
+        else:
+            grad_EXY = F.grouped_mm(rows_NX.t(), grad_NY, offs=ends_E)
+        return grad_NX, grad_EXY.to(w_EXY.dtype), None
+
+
 def grouped(rows_NX: Tensor, w_EXY: Tensor, counts_E: Tensor) -> Tensor:
     """One grouped product for all experts, without a host sync (CUDA: bf16 on SM90+)."""
-    return F.grouped_mm(rows_NX, w_EXY.to(rows_NX.dtype), offs=counts_E.cumsum(0, dtype=torch.int32))
+    return _Grouped.apply(rows_NX, w_EXY, counts_E.cumsum(0, dtype=torch.int32))  # pyright: ignore
 
 
 def loop(rows_NX: Tensor, w_EXY: Tensor, counts_E: Tensor) -> Tensor:
@@ -138,5 +163,26 @@ class SwiGLU(Experts):
 
     @classmethod
     def activate(cls, h_NI: Tensor) -> Tensor:
+        return _SwiGLU.apply(h_NI)  # pyright: ignore[reportReturnType]
+
+
+class _SwiGLU(Function):
+    """silu(gate) * up of h = [gate, up]; backward writes both halves of its gradient in place (no concatenation)."""
+
+    @staticmethod
+    def forward(ctx: Any, h_NI: Tensor) -> Tensor:
         gate_NF, up_NF = h_NI.chunk(2, -1)
-        return F.silu(gate_NF) * up_NF
+        silu_NF = F.silu(gate_NF)
+        ctx.save_for_backward(h_NI, silu_NF)
+        return silu_NF * up_NF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NF: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        h_NI, silu_NF = ctx.saved_tensors
+        gate_NF, up_NF = h_NI.chunk(2, -1)
+        grad_NI = torch.empty_like(h_NI)
+        grad_gate_NF, grad_up_NF = grad_NI.chunk(2, -1)
+        torch.mul(grad_NF, silu_NF, out=grad_up_NF)
+        torch.ops.aten.silu_backward.grad_input(grad_NF * up_NF, gate_NF, grad_input=grad_gate_NF)
+        return grad_NI

@@ -6,6 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
+from moe_lab.plans import best
 from moe_lab.routing import Mixture, Plan, Router
 
 
@@ -26,7 +27,7 @@ class Dense(Router):
         return self.num_experts
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor) -> Plan:
-        return Mixture(gates_TE, rank_TE.topk(self.k, -1).indices)
+        return Mixture(gates_TE, best(rank_TE, self.k))
 
 
 @option("router", "gumbel_softmax")

@@ -17,6 +17,6 @@ class SigmoidTopK(TopK):
     def gate(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.sigmoid()
 
-    def distribution(self, logits_TE: Tensor) -> Tensor:
+    def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
         # sigmoid(z) over its row sum, through logarithms: stays a distribution where every sigmoid underflows.
         return F.logsigmoid(logits_TE).softmax(-1)

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
+from moe_lab.plans import best
 from moe_lab.routing import Assignments, Mixture, Plan, Router
 
 
@@ -31,7 +32,7 @@ class SoftmaxSTE(Router):
         self.every_expert = backward == "dense"
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor) -> Plan:
-        expert_TK = rank_TE.topk(self.k, -1).indices
+        expert_TK = best(rank_TE, self.k)
         if self.every_expert:
             hard_TE = torch.zeros_like(gates_TE).scatter(1, expert_TK, 1 / self.k)
             return Mixture(_straight_through(hard_TE, gates_TE), expert_TK)

@@ -46,6 +46,7 @@ def main() -> int:
     # idle one 5 % (see docs/design.md). Read when torch is first imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors on huge pages: fewer faults, fewer page walks
     try:
         return import_module(f"moe_lab.verbs.{argv[0]}").main(argv[1:])
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ its capacity and its experts are GEGLU, so that its time is for less work.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,6 @@ def our_layer(E: int, k: int) -> MoE:
     return layer
 
 
-def plain_context() -> Context:
-    return Context(Knobs(torch.ones(()), torch.ones(())))
-
-
 def step(module: nn.Module, forward: Callable[[Tensor], Tensor], x_TD: Tensor, dy_TD: Tensor) -> Call:
     """One forward and backward with fresh gradients, as in training; gives the gradient of x."""
 
@@ -57,12 +54,16 @@ def step(module: nn.Module, forward: Callable[[Tensor], Tensor], x_TD: Tensor, d
     return call
 
 
+def our_forward(layer: MoE) -> Callable[[Tensor], Tensor]:
+    context = Context(Knobs(torch.ones(()), torch.ones(())))
+    return lambda x_TD: layer(x_TD, context)[0]
+
+
 def ours(layer: MoE, x_TD: Tensor, dy_TD: Tensor) -> Call:
-    context = plain_context()
-    return step(layer, lambda x: layer(x, context)[0], x_TD, dy_TD)
+    return step(layer, our_forward(layer), x_TD, dy_TD)
 
 
-def mixtral(layer: MoE, k: int, way: str) -> nn.Module:
+def mixtral(layer: MoE, k: int, way: str) -> Any:
     """transformers' block with our weights; `way` is how it runs its experts."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -71,7 +72,7 @@ def mixtral(layer: MoE, k: int, way: str) -> nn.Module:
         hidden_size=D, intermediate_size=F, num_local_experts=layer.experts.num, num_experts_per_tok=k
     )
     config._experts_implementation = way
-    block = MixtralSparseMoeBlock(config)
+    block: Any = MixtralSparseMoeBlock(config)
     with torch.no_grad():
         block.gate.weight.copy_(layer.router.weight_ED)
         block.experts.gate_up_proj.copy_(layer.experts.w_in_EID)
@@ -99,10 +100,12 @@ def st_moe(E: int, k: int, x_TD: Tensor, dy_TD: Tensor) -> Call:
     from st_moe_pytorch.st_moe_pytorch import MoE as StMoE
 
     # Its hidden width is 2/3 of dim * mult: the same parameters per expert as ours.
-    block = StMoE(D, num_experts=E, expert_hidden_mult=1.5 * F / D, gating_top_n=k)
-    run = autocast(lambda x: block(x.view(8, -1, D)).outputs.view(-1, D))
-    return step(block, run if x_TD.dtype == torch.bfloat16 else lambda x: block(x.view(8, -1, D)).outputs.view(-1, D),
-                x_TD, dy_TD)  # fmt: skip
+    block = StMoE(D, num_experts=E, expert_hidden_mult=3 * F // (2 * D), gating_top_n=k)
+
+    def run(x_TD: Tensor) -> Tensor:
+        return block(x_TD.view(8, -1, D)).outputs.view(-1, D)
+
+    return step(block, autocast(run) if x_TD.dtype == torch.bfloat16 else run, x_TD, dy_TD)
 
 
 def autocast(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -121,7 +124,7 @@ def check_parity(layer: MoE, k: int, x_TD: Tensor, dy_TD: Tensor) -> None:
     pairs = {
         "x": (grad_x, theirs_x),
         "w_in": (layer.experts.w_in_EID.grad, block.experts.gate_up_proj.grad),
-        "y": (layer(x_TD, plain_context())[0], block(x_TD[None])[0]),
+        "y": (our_forward(layer)(x_TD), block(x_TD[None])[0]),
     }
     for name, (mine, theirs) in pairs.items():
         assert mine is not None

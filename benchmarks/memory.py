@@ -1,10 +1,12 @@
 """Bytes that the expert layer keeps for its backward pass, parameters apart, against the dense layer."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from benchmarks.harness import goal, single_thread
-from benchmarks.layer import DTYPES, D, F, T, our_layer, plain_context
+from benchmarks.layer import DTYPES, D, F, T, our_forward, our_layer
 from moe_lab.model.experts import FeedForward, SwiGLU
 from moe_lab.seeding import initialise
 
@@ -12,7 +14,7 @@ CASES = {("fp32", 8, 1): 1.25, ("bf16", 8, 1): 1.4, ("fp32", 64, 1): None, ("bf1
          ("fp32", 32, 2): None, ("bf16", 32, 2): None}  # fmt: skip
 
 
-def kept(module: torch.nn.Module, forward, x_TD: Tensor) -> int:
+def kept(module: torch.nn.Module, forward: Callable[[Tensor], Tensor], x_TD: Tensor) -> int:
     """Bytes of the distinct storages that autograd saves during `forward`, without those of parameters."""
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
     saved: dict[int, int] = {}
@@ -33,9 +35,9 @@ def main() -> None:
     single_thread()
     for (name, E, k), target in CASES.items():
         x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(0)).to(DTYPES[name])
-        layer, dense, context = our_layer(E, k), FeedForward(D, k * F, SwiGLU, 1), plain_context()
+        layer, dense = our_layer(E, k), FeedForward(D, k * F, SwiGLU, 1)
         initialise(dense, 0)
-        moe_bytes, dense_bytes = kept(layer, lambda x: layer(x, context)[0], x_TD), kept(dense, dense, x_TD)
+        moe_bytes, dense_bytes = kept(layer, our_forward(layer), x_TD), kept(dense, dense, x_TD)
         ratio = moe_bytes / dense_bytes
         line = f"  {name} E={E} k={k}: {moe_bytes / 2**20:.1f} MiB, dense {dense_bytes / 2**20:.1f} MiB, {ratio:.3f}"
         print(line + (goal(ratio, target) if target else ""))

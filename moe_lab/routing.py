@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moe_lab.plans import Assignments, Mixture, Plan, best, shares
 from moe_lab.seeding import parameter
 
-__all__ = ["Assignments", "Context", "Knobs", "Mixture", "Plan", "Router", "Routing"]
+__all__ = ["Assignments", "Context", "Knobs", "Mixture", "Plan", "Router", "Routing", "best"]
 
 
 @dataclass(frozen=True)

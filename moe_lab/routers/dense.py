@@ -6,8 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.plans import best
-from moe_lab.routing import Mixture, Plan, Router
+from moe_lab.routing import Mixture, Plan, Router, best
 
 
 @option("router", "dense")

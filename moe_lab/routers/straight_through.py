@@ -12,8 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.plans import best
-from moe_lab.routing import Assignments, Mixture, Plan, Router
+from moe_lab.routing import Assignments, Mixture, Plan, Router, best
 
 
 @option("router", "softmax_ste")

@@ -28,7 +28,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-# Measure speed and memory against the targets (about ten minutes; an idle machine).
+# Measure speed and memory against the targets (a few minutes on an idle machine).
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks
 

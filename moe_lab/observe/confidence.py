@@ -27,7 +27,7 @@ declare(
 
 def gate_entropy(probs: Tensor) -> Tensor:
     """Nats of each gate, [..., E] -> [...]; 0 log 0 = 0. Four times as fast as entr on a CPU."""
-    return -(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(-1)
+    return -probs.clamp_min(torch.finfo(probs.dtype).tiny).log_().mul_(probs).sum(-1)
 
 
 def token_entropy(entropy_sum_L: Tensor, tokens: int, E: int) -> Tensor:

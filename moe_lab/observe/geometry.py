@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_lab.observe.metric import declare
 
 TOPIC = "Geometry: where router rows point"
+MOST_COSINES = 2**22  # of neurons with router rows, held at once
 _COUPLING = "arXiv 2605.12476; the statistic is ours"
 
 
@@ -34,21 +35,24 @@ def mean_of(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def coupling(router_ED: Tensor, read_in_EFD: Tensor) -> dict[str, Tensor]:
-    """Cosines of every router row with every input-side neuron, averaged over the neurons of an expert: 0-dim each."""
-    neurons_EFD = unit(read_in_EFD)
-    rows_ED = unit(router_ED)
-    # Expert by expert: the table of all cosines [E, E, F] of a wide layer would not fit.
-    signed, absolute = [], []
-    for neurons_FD in neurons_EFD:
-        cosine_EF = rows_ED @ neurons_FD.T
-        signed.append(cosine_EF.mean(-1))
-        absolute.append(cosine_EF.abs().mean(-1))
-    E, D = router_ED.shape
-    same_EE = torch.eye(E, dtype=torch.bool, device=router_ED.device)
+    """Cosines of every router row with every input-side neuron, averaged over the neurons of an expert: 0-dim each.
+
+    In fp32, unless the weights are fp64: each mean is over many cosines, and the products are most of a row's cost.
+    """
+    rows_ED = unit(router_ED).to(read_in_EFD.dtype)
+    G, F, D = read_in_EFD.shape
+    at_once = max(1, MOST_COSINES // (G * F))  # experts; the table of all cosines of a wide layer would not fit
+    signed_GE, absolute_GE = [], []
+    for neurons_GFD in read_in_EFD.split(at_once):
+        product_GFE = neurons_GFD @ rows_ED.T
+        weight_G1F = 1 / (F * torch.linalg.vector_norm(neurons_GFD, dim=-1)[:, None])  # a neuron of zeros gives NaN
+        signed_GE.append((weight_G1F @ product_GFE)[:, 0])
+        absolute_GE.append((weight_G1F @ product_GFE.abs_())[:, 0])
+    same_EE = torch.eye(G, dtype=torch.bool, device=router_ED.device)
     found: dict[str, Tensor] = {"coupling_baseline": rows_ED.new_tensor(cosine_baseline(D))}
-    for prefix, columns in (("coupling", absolute), ("coupling_signed", signed)):
-        cosine_EG = torch.stack(columns, -1)
-        matched, mismatched = mean_of(cosine_EG, same_EE), mean_of(cosine_EG, ~same_EE)
+    for prefix, parts in (("coupling", absolute_GE), ("coupling_signed", signed_GE)):
+        cosine_GE = torch.cat(parts).double()
+        matched, mismatched = mean_of(cosine_GE, same_EE), mean_of(cosine_GE, ~same_EE)
         found |= {
             f"{prefix}_matched": matched,
             f"{prefix}_mismatched": mismatched,
@@ -161,7 +165,8 @@ def centroid_cosines(router_ED: Tensor, token_sum_ED: Tensor, count_E: Tensor) -
 declare(
     "centroid_cos",
     TOPIC,
-    "mean_e cos(r_e - mean r, mu_e - mu), mu_e = running mean of the tokens that chose e, mu of all choices",
+    "mean_e cos(r_e - mean r, mu_e - mu), mu_e = running mean of tokens that chose e, mu of all choices; "
+    "a micro-batch gives at least 64 E of its tokens, or all",
     span=("-1", "1"),
     balanced="any",
     collapsed="undefined at k experts that get the same tokens",

@@ -6,24 +6,27 @@ classes, C domains.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from moe_lab.observe.confidence import gate_entropy
-from moe_lab.observe.dynamics import total_variation
 from moe_lab.observe.specialisation import POSITION_CLASSES, TOKEN_CLASSES, n_log_n
 from moe_lab.plans import count
 from moe_lab.routing import Routing
 
 MEMORY = 0.99  # of the running centroids, per update: half of it is gone after 69 updates
+CENTROID_TOKENS = (
+    1024  # at least so many tokens of a micro-batch go into the centroids, all where it has less than 2048
+)
 
 
 @dataclass(frozen=True)
 class View:
     """What observers see of one micro-batch: per MoE layer its Routing and its input [T, D] (detached).
 
-    loss_T: task loss per token, detached. counted_T: False where a token carries no loss (None: all do).
+    loss_T: task loss per token, detached, 0 where it does not count. counted_T: whether it does (None: all do).
     closes: whether this is the last micro-batch of its update.
     """
 
@@ -54,107 +57,147 @@ class Sizes:
         return min(self.vocab_size, TOKEN_CLASSES)
 
     @property
+    def classes(self) -> dict[str, int]:
+        """How many classes there are of each thing that is known of a token."""
+        return {"domain": self.domains, "token": self.token_classes, "position": self.position_classes}
+
+    @property
     def position_classes(self) -> int:
         return min(self.seq_len, POSITION_CLASSES)
 
 
+@cache
+def places(T: int, S: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of tokens in sequences of S: each one's sequence and position class, [T]."""
+    token_T = torch.arange(T, device=device)
+    return token_T // S, token_T % S * classes // S
+
+
 class Window:
-    """`sums` start again with each window; `running` go on: centroids, and the load of the last update."""
+    """`sums` start again with each window; `running` go on: centroids, and the load of the last update.
+
+    For small models the calls cost more than the arithmetic: sums of one kind are columns of one tensor and grow by
+    one addition. `sums` has the columns by name.
+    """
 
     def __init__(self, sizes: Sizes, device: torch.device):
         self.sizes = sizes
         self.tokens = self.sequences = self.updates = 0  # of the window
         L, E = sizes.L, sizes.E
+        self.sums: dict[str, Tensor] = {}
 
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+        def table(dtype: torch.dtype, shape: tuple[int, ...], widths: dict[str, int]) -> Tensor:
+            whole = torch.zeros(*shape, sum(widths.values()), dtype=dtype, device=device)
+            self.sums |= zip(widths, whole.split(list(widths.values()), -1), strict=True)
+            return whole
 
-        counts = {"selected": (L, E), "kept": (L, E), "top1": (L, E), "counted": (L, E)}
-        counts |= {"domain": (L, E, sizes.domains), "token": (L, E, sizes.token_classes)}
-        counts |= {"position": (L, E, sizes.position_classes)}
-        values = {"importance": (L, E), "gate_mass": (L, E), "loss": (L, E)}
-        values |= dict.fromkeys(
-            ("entropy", "logit_norm", "logsumexp", "flutter", "pairs", "by_sequence", "by_update"), (L,)
-        )
-        self.sums = {name: zeros(*shape, dtype=torch.int64) for name, shape in counts.items()}
-        self.sums |= {name: zeros(*shape, dtype=torch.float64) for name, shape in values.items()}
-        # pending: counts of an update that is not complete yet.
-        self.running = {"pending": zeros(L, E, dtype=torch.int64)}
-        self.running |= {name: zeros(L, E, dtype=torch.float64) for name in ("before", "centroid_count")}
-        self.running |= {"centroid_sum": zeros(L, E, sizes.D, dtype=torch.float64)}
+        self._joint_LEC = table(torch.int64, (L, E), sizes.classes)
+        self._counts = table(torch.int64, (L,), dict.fromkeys(("selected", "kept", "top1", "counted"), E))
+        self._values = table(torch.float64, (L,), dict.fromkeys(("importance", "gate_mass", "loss"), E))
+        scalars = ("entropy", "logit_norm", "logsumexp", "by_sequence", "flutter", "pairs", "by_update")
+        self._scalars = torch.zeros(len(scalars), L, dtype=torch.float64, device=device)
+        self.sums |= zip(scalars, self._scalars, strict=True)
+        # pending: counts of an update that is not complete yet. before: shares of the load, all 0 before the first.
+        self.running = {
+            name: torch.zeros(L, E, *more, dtype=torch.float64, device=device)
+            for name, more in {"pending": (), "before": (), "centroid_count": (), "centroid_sum": (sizes.D,)}.items()
+        }
+        self._one_hot_EE = torch.eye(E, device=device)
+        self._first_L11 = E * torch.arange(L, device=device)[:, None, None]
 
     def reset(self) -> None:
         self.tokens = self.sequences = self.updates = 0
-        for total in self.sums.values():
+        for total in (self._joint_LEC, self._counts, self._values, self._scalars):
             total.zero_()
 
     @torch.no_grad()
     def add(self, view: View) -> None:
         """Sum up one micro-batch."""
-        routings, sums, running = view.routings, self.sums, self.running
-        T = routings[0].probs_TE.shape[0]
-        selected_LTK = torch.stack([r.plan.selected_TK for r in routings])
-        selected_LE = torch.stack([r.plan.selected_E for r in routings])
-        logits_LTE = torch.stack([r.logits_TE for r in routings])
-        probs_LTE = torch.stack([r.probs_TE for r in routings])
+        plans = [r.plan for r in view.routings]
+        selected_LTK = torch.stack([plan.selected_TK for plan in plans])
+        selected_LE = torch.stack([plan.selected_E for plan in plans])
+        dropless = all(plan.kept_TK is None for plan in plans)
+        kept_LE = selected_LE if dropless else torch.stack([plan.kept_E for plan in plans])
+        L, T, K = selected_LTK.shape
+        row_LTK = selected_LTK + self._first_L11  # experts of all layers, numbered through
+        top1_LE = selected_LE if K == 1 else count(row_LTK[:, :, 0].flatten(), selected_LE.numel()).view_as(selected_LE)
+        chosen_LTKE = self._one_hot_EE.index_select(0, selected_LTK.flatten()).view(L, T, K, -1)
+        chosen_LTE = chosen_LTKE[:, :, 0] if K == 1 else chosen_LTKE.sum(2)
+        loss_LE, counted_LE = self._losses(view, chosen_LTE)
+        importance_LE, *scores = self._gates(view)
+        mass_LE = torch.stack([plan.importance_E() for plan in plans])
         self.tokens += T
         self.sequences += T // view.seq_len
-        sums["selected"] += selected_LE
-        sums["kept"] += torch.stack([r.plan.kept_E for r in routings])
-        sums["importance"] += probs_LTE.sum(1)
-        sums["gate_mass"] += torch.stack([r.plan.importance_E().detach() for r in routings])
-        sums["entropy"] += gate_entropy(probs_LTE).sum(1)
-        sums["logit_norm"] += logits_LTE.norm(dim=-1).sum(1)
-        sums["logsumexp"] += logits_LTE.logsumexp(-1).sum(1)
-        self._histograms(view, selected_LTK)
-        chosen_LTE = torch.zeros_like(probs_LTE, dtype=torch.float32).scatter_(2, selected_LTK, 1.0)
-        self._products(view, chosen_LTE)
-        running["pending"] += selected_LE
+        self._counts += torch.cat([selected_LE, kept_LE, top1_LE, counted_LE], -1)
+        self._values += torch.cat([importance_LE, mass_LE, loss_LE], -1)
+        self._scalars[:4] += torch.stack([*scores, self._histograms(view, row_LTK)])
+        self._centroids(view, chosen_LTE)
+        self.running["pending"] += selected_LE
         if view.closes:
             self._close()
 
-    def _histograms(self, view: View, selected_LTK: Tensor) -> None:
-        """Joint counts of chosen expert and domain, token, position."""
-        L, T = selected_LTK.shape[:2]
-        E, S = self.sizes.E, view.seq_len
-        row_LTK = selected_LTK + E * torch.arange(L, device=selected_LTK.device)[:, None, None]
-        self.sums["top1"] += count(row_LTK[:, :, 0].flatten(), L * E).view(L, E)
-        sequence_T = torch.arange(T, device=selected_LTK.device) // S
-        by_sequence_N = (row_LTK * (T // S) + sequence_T[None, :, None]).flatten()
-        self.sums["by_sequence"] += n_log_n(count(by_sequence_N, L * E * (T // S))).view(L, -1).sum(-1)
-        place_T = torch.arange(T, device=selected_LTK.device) % S
-        known = {
-            "domain": view.domain_T,
-            "token": view.ids_T % self.sizes.token_classes,
-            "position": place_T * self.sizes.position_classes // S,
-        }
-        for name, class_T in known.items():
-            C = self.sums[name].shape[-1]
-            joint_N = (row_LTK * C + class_T[None, :, None]).flatten()
-            self.sums[name] += count(joint_N, L * E * C).view(L, E, C)
+    def _gates(self, view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums over tokens: the gate [L, E], its entropy, the norm and the logsumexp of the logits [L]."""
+        probs_LTE = torch.stack([r.probs_TE for r in view.routings])
+        entropy_L = gate_entropy(probs_LTE.flatten(1))  # of each token, summed over tokens
+        # Tokens last: reductions over a short last dimension are slow on a CPU. In place: fresh memory is cold.
+        logits_LET = torch.stack([r.logits_TE.T for r in view.routings])
+        norm_LT = (logits_LET * logits_LET).sum(1).sqrt_()
+        most_LT = logits_LET.amax(1)
+        logsumexp_LT = logits_LET.sub_(most_LT[:, None]).exp_().sum(1).log_().add_(most_LT)
+        return probs_LTE.sum(1), entropy_L, norm_LT.sum(1), logsumexp_LT.sum(1)
 
-    def _products(self, view: View, chosen_LTE: Tensor) -> None:
-        """Sums over an expert's tokens as products with the 0/1 matrix of choices: the same order every time, where
-        a scatter of floats on a GPU would add in any order."""
-        counted_T = torch.ones_like(view.loss_T) if view.counted_T is None else view.counted_T.float()
-        loss_T = torch.where(counted_T > 0, view.loss_T, 0.0)
-        loss_LE2 = chosen_LTE.transpose(1, 2) @ torch.stack([loss_T, counted_T]).float().T
-        self.sums["loss"] += loss_LE2[..., 0]
-        self.sums["counted"] += loss_LE2[..., 1].long()
-        token_sum_LED = torch.stack([c.T @ x.float() for c, x in zip(chosen_LTE, view.inputs, strict=True)])
-        self.running["centroid_sum"] += token_sum_LED
+    def _histograms(self, view: View, row_LTK: Tensor) -> Tensor:
+        """Joint counts of chosen expert and domain, token, position, all by one scatter into their columns.
+
+        Returns the sum of n ln n over the counts n of (expert, sequence) [L].
+        """
+        L, E, C = self._joint_LEC.shape
+        T, S, sizes = row_LTK.shape[1], view.seq_len, self.sizes
+        sequence_T, position_T = places(T, S, sizes.position_classes, row_LTK.device)
+        token_T = view.ids_T % sizes.token_classes
+        # In the order of Sizes.classes, each behind the columns of those before it.
+        class_3T = torch.stack([view.domain_T, token_T + sizes.domains, position_T + (C - sizes.position_classes)])
+        cell_N = (row_LTK * C + class_3T[:, None, :, None]).flatten()
+        self._joint_LEC.view(-1).scatter_add_(0, cell_N, torch.ones_like(cell_N))
+        by_sequence = count((row_LTK * (T // S) + sequence_T[:, None]).flatten(), L * E * (T // S))
+        return n_log_n(by_sequence).view(L, -1).sum(-1)
+
+    def _losses(self, view: View, chosen_LTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of an expert's tokens and how many of them carry one, [L, E] each.
+
+        Products with the 0/1 matrix of choices add in the same order every time, where a scatter of floats on a GPU
+        would add in any.
+        """
+        counted_T = torch.ones_like(view.loss_T) if view.counted_T is None else view.counted_T
+        of_token_2T = torch.stack([view.loss_T, counted_T]).float()
+        loss_LE, counted_LE = (of_token_2T.expand(len(chosen_LTE), -1, -1) @ chosen_LTE).unbind(1)
+        return loss_LE, counted_LE.long()
+
+    def _centroids(self, view: View, chosen_LTE: Tensor) -> None:
+        """Sums of the inputs of an expert's tokens, over a part of the micro-batch, each part in its turn.
+
+        Reading every input once more would cost as much as all other sums together.
+        """
+        _, T, E = chosen_LTE.shape
+        parts = max(1, T // (CENTROID_TOKENS * E))
+        turn = self.updates % parts
+        part = slice(T * turn // parts, T * (turn + 1) // parts)
+        chosen_LTE = chosen_LTE[:, part]
+        layers = zip(chosen_LTE, view.inputs, strict=True)
+        self.running["centroid_sum"] += torch.stack([c_TE.T @ x_TD[part].float() for c_TE, x_TD in layers])
         self.running["centroid_count"] += chosen_LTE.sum(1)
 
     def _close(self) -> None:
         """End of an update: its load against the one before, and a little less weight for old centroids."""
-        sums, running = self.sums, self.running
-        self.updates += 1
+        running, pending_LE = self.running, self.running["pending"]
+        load_LE = pending_LE / pending_LE.sum(-1, keepdim=True)
         known_L = running["before"].sum(-1) > 0
-        sums["flutter"] += torch.where(known_L, total_variation(running["pending"], running["before"]), 0.0)
-        sums["pairs"] += known_L
-        sums["by_update"] += n_log_n(running["pending"]).sum(-1)
-        running["before"].copy_(running["pending"])
-        running["pending"].zero_()
+        moved_L = (load_LE - running["before"]).abs().sum(-1) / 2 * known_L  # as dynamics.total_variation
+        self._scalars[4:] += torch.stack([moved_L, known_L, n_log_n(pending_LE).sum(-1)])
+        self.updates += 1
+        running["before"].copy_(load_LE)
+        pending_LE.zero_()
         running["centroid_sum"] *= MEMORY
         running["centroid_count"] *= MEMORY
 

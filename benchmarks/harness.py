@@ -97,7 +97,7 @@ def surroundings() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     lines = {
         "date": str(date.today()),
-        "commit": _git("rev-parse", "--short", "HEAD") + (" with changes" if _git("status", "--porcelain") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + (" with changes" if _git("status", "--porcelain", "--untracked-files=no") else ""),
         "machine": f"{_cpu()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}; {device}",
         "load": f"{os.getloadavg()[0]:.1f} when it began",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from moe_lab.secrecy import secrets_in
 
+LARGEST = 2**63  # whole numbers stay below: no tensor, file or counter takes more
 Config = Mapping[str, Any]
 C = TypeVar("C", bound=type)
 
@@ -152,14 +153,17 @@ def _node_problems(path: str, group: str, node: Config) -> Iterator[str]:
         yield f"{path or group}: nothing chosen; try {path or group}={next(iter(registered(group)))}"
         return
     known = registered(group)
-    if node["name"] not in known:
+    if not isinstance(node["name"], str) or node["name"] not in known:
         right = nearest(str(node["name"]), known)
-        yield f"{path}.name={node['name']}: no such {group}{right} (your own: MOE_LAB_PLUGINS=module)"
+        yield f"{path}.name={shown(node['name'])}: no such {group}{right} (your own: MOE_LAB_PLUGINS=module)"
         return
     options = {key: value for key, value in node.items() if key not in ("name", "_target_")}
     model = schema(known[node["name"]])
+    if huge := list(_huge(options, path)):
+        yield from huge
+        return
     try:
-        model.model_validate(options)
+        yield from _disguised(options, model.model_validate(options), path)
     except ValidationError as error:
         siblings = [".".join(filter(None, [path, name])) for name in (*model.model_fields, *([] if path else HOMES))]
         said: dict[str, list[str]] = {}  # a union reports once per member: one line for each place
@@ -173,6 +177,25 @@ def _node_problems(path: str, group: str, node: Config) -> Iterator[str]:
                 said.setdefault(where, [f"{where}={shown(e['input'])}:"]).append(_wording(e))
         for first, *more in said.values():
             yield f"{first} {' or '.join(dict.fromkeys(more)).replace(' or must be ', ' or ')}".rstrip()
+
+
+def _huge(node: Any, path: str) -> Iterator[str]:
+    if isinstance(node, Mapping | list):
+        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+            yield from _huge(value, ".".join(filter(None, [path, str(key)])))
+    elif isinstance(node, int) and abs(node) >= LARGEST:
+        yield f"{path}={node}: must be below {LARGEST}"
+
+
+def _disguised(given: Any, taken: Any, path: str) -> Iterator[str]:
+    """Numbers written as true or as text: pydantic takes `steps=true` for 1, and arithmetic on text fails later."""
+    if isinstance(given, Mapping):
+        for key, value in given.items():
+            inner = getattr(taken, key, None) if isinstance(taken, BaseModel) else None
+            yield from _disguised(value, inner, ".".join(filter(None, [path, key])))
+    elif isinstance(given, bool | str) and type(taken) in (int, float, bool) and type(given) is not type(taken):
+        kind = {int: "int", float: "float", bool: "bool"}[type(taken)]
+        yield f"{path}={shown(given)}: {KINDS[kind]}, this is {'text' if isinstance(given, str) else 'true or false'}"
 
 
 def _typed(node: Any, loc: Iterable[int | str], missing: bool) -> Iterator[str]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from moe_lab.config import option
 
 PosInt = Annotated[int, Field(ge=1)]
+MOST_TOKENS = 2**26  # at once: a byte vocabulary's logits alone are 64 GB then
 
 
 class Checkpointing(BaseModel, extra="forbid"):
@@ -34,7 +35,7 @@ class Settings:
     dtype: Literal["auto", "float32", "bfloat16"]
     compile: bool
     resume: str | None
-    output_dir: str
+    output_dir: Annotated[str, Field(min_length=1)]
     study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,39}$")]
     fast: bool
 
@@ -43,6 +44,9 @@ class Settings:
         accumulate = cfg["optim"]["accumulate"]
         if node["batch_size"] % accumulate:
             return [f"optim.accumulate={accumulate}: must divide batch_size={node['batch_size']}"]
+        if node["batch_size"] // accumulate * node["seq_len"] > MOST_TOKENS:
+            each = f"batch_size={node['batch_size']} of seq_len={node['seq_len']}, optim.accumulate={accumulate}"
+            return [f"{each}: more than {MOST_TOKENS:,} tokens at once fit no machine; raise optim.accumulate"]
         return []
 
     def logs_at(self, step: int) -> bool:

@@ -49,7 +49,7 @@ def test_any_damage_is_seen_and_rebuilt_with_one_line(
     assert again.meta == first.meta
     assert np.array_equal(again.tokens["train"], np.arange(1000) % 300)
     assert len(caplog.records) == 1 and "is damaged" in caplog.text and name in caplog.text
-    assert sorted(p.name for p in tmp_path.iterdir()) == [first.folder.name, f"{first.folder.name}.lock"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [first.folder.name]
 
 
 def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -82,7 +82,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path):
 
     with pytest.raises(ValueError, match="no"):
         open_or_build(tmp_path, "x", 0, fail)
-    assert [p.suffix for p in tmp_path.iterdir()] == [".lock"]
+    assert not list(tmp_path.iterdir())
     assert open_or_build(tmp_path, "x", 0, write).meta["vocab_size"] == 300
 
 
@@ -91,7 +91,7 @@ def test_what_a_killed_build_left_is_cleared(tmp_path: Path):
     (tmp_path / f"{folder.name}.new-abc").mkdir()
     damage(folder / "meta.json", "gone")
     open_or_build(tmp_path, "x", 0, write)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 BUILDER = """

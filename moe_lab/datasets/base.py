@@ -149,12 +149,16 @@ class Dataset(ABC):
                     "block of seq_len+1 = %d; more text, a larger dataset.valid_fraction or a smaller seq_len "
                     "turns it on", self.name, total, block,
                 )  # fmt: skip
-        if data.num_train < block:
-            raise ValueError(
-                f"dataset {self.name}: {data.num_train} tokens are fewer than one block of seq_len+1 = {block}: "
-                f"give it more text or set seq_len to at most {max(data.num_train - 1, 1)}"
-            )
+        self._must_hold(data.num_train, block)
         return data
+
+    def _must_hold(self, tokens: int, block: int) -> None:
+        """ValueError where all tokens together are fewer than a block."""
+        if tokens < block:
+            raise ValueError(
+                f"dataset {self.name}: {tokens} tokens are fewer than one block of seq_len+1 = {block}: "
+                f"give it more text or set seq_len to at most {max(tokens - 1, 1)}"
+            )
 
 
 @lru_cache(maxsize=4)

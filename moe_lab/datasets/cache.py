@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -90,6 +90,11 @@ class Writer:
         self.counts[split] += np.bincount(each, minlength=len(self.counts[split]))
         if f"{split}.domain" in self.files:
             self.files[f"{split}.domain"].write(each.astype(self.domain_dtype).tobytes())
+
+    @property
+    def total(self) -> int:
+        """Tokens written so far."""
+        return int(sum(counts.sum() for counts in self.counts.values()))
 
     def finish(self, tokenizer: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Flush everything and write meta.json, last."""
@@ -165,14 +170,28 @@ def _replace(fresh: Path, folder: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # The file stays: deleting a lock file lets two processes hold "the" lock.
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process is building %s: waiting for it", path.with_suffix(""))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """The holder removes the file; who waited for it sees that its file is no longer the one there, and tries again."""
+    while True:
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("another process is building %s: waiting for it", path.with_suffix(""))
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(file, path):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _verified(folder: Path) -> dict[str, Any]:

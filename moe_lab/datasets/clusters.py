@@ -50,16 +50,21 @@ class Clusters(Dataset):
 
     @staticmethod
     def conflicts(node: Config, cfg: Config) -> list[str]:
-        """A token cannot have more successors than there are tokens."""
+        """A token cannot have more successors than there are tokens, and a block must fit."""
         if node["branching"] > node["vocab_size"]:
             return [
                 f"dataset.branching={node['branching']} is more than dataset.vocab_size={node['vocab_size']}: "
                 "make it smaller"
             ]
+        if node["tokens"] < cfg["seq_len"] + 1:
+            return [
+                f"dataset.tokens={node['tokens']}: fewer than one block of seq_len+1 = {cfg['seq_len'] + 1}: "
+                f"more of them, or seq_len={node['tokens'] - 1} at most"
+            ]
         return []
 
     def prepare(self, cache_dir: Path, seq_len: int) -> Data:
-        for problem in self.conflicts(self.options, {}):
+        for problem in self.conflicts(self.options, {"seq_len": seq_len}):
             raise ValueError(problem)
 
         def open_data(fraction: float) -> Data:

@@ -73,13 +73,16 @@ class Corpus(Dataset):
         def open_data(fraction: float) -> Data:
             bpe = self.bpe_vocab if self.tokenizer == "bpe" else None
             cache = open_or_build(
-                cache_dir, self.name, [source, self.tokenizer, bpe, fraction], lambda to: self._build(to, fraction)
+                cache_dir,
+                self.name,
+                [source, self.tokenizer, bpe, fraction],
+                lambda to: self._build(to, fraction, seq_len + 1),
             )
             return Data(self.name, cache, _tokenizer_of(cache).decode)
 
         return self._split_or_all(open_data, self.valid_fraction, seq_len)
 
-    def _build(self, folder: Path, fraction: float) -> None:
+    def _build(self, folder: Path, fraction: float, block: int) -> None:
         with tempfile.TemporaryFile(dir=folder) as spool:
             spans, copies = _spool(self.documents(), spool, fraction > 0)
             own_validation = "valid_copies_dropped" in copies
@@ -89,9 +92,9 @@ class Corpus(Dataset):
             with mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as text:
                 if fraction and not own_validation:
                     split(spans, fraction, text)
-                self._tokenise(folder, spans, text, copies)
+                self._tokenise(folder, spans, text, copies, block)
 
-    def _tokenise(self, folder: Path, spans: list[Span], text: mmap.mmap, copies: dict[str, int]) -> None:
+    def _tokenise(self, folder: Path, spans: list[Span], text: mmap.mmap, copies: dict[str, int], block: int) -> None:
         if self.tokenizer == "bpe":
             sample = _sample([(s.start, s.cut) for s in spans if s.cut > s.start], text)
             coder = tokenizers.BPE.train(sample, self.bpe_vocab, folder / "tokenizer.json")
@@ -109,6 +112,7 @@ class Corpus(Dataset):
             "bytes": sum(span.size for span in spans),
             **copies,
         }
+        self._must_hold(writer.total, block)  # before it is kept: what is refused leaves nothing behind
         writer.finish(coder.about, about)
 
 

@@ -17,12 +17,15 @@ class Source:
 
 
 def walk(root: Path, keep: Callable[[str], bool]) -> list[str]:
-    """Files under `root` as sorted relative paths with "/"; `keep` sees each folder's and file's bare name."""
+    """Files under `root` as sorted relative paths with "/"; `keep` sees each folder's and file's bare name.
+
+    Only regular files: a pipe or a device would be waited for, or never end.
+    """
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if keep(name)]
         base = Path(folder).relative_to(root)
-        found += [(base / name).as_posix() for name in names if keep(name)]
+        found += [(base / name).as_posix() for name in names if keep(name) and (Path(folder) / name).is_file()]
     return sorted(found)
 
 

@@ -46,7 +46,7 @@ class Text(Corpus):
     @staticmethod
     def conflicts(node: Config, cfg: Config) -> list[str]:
         """What is wrong with the paths, before anything is written."""
-        return _problems(list(node["paths"]))
+        return _problems(list(node["paths"])) or _too_little(list(node["paths"]), cfg["seq_len"])
 
     def identity(self) -> Any:
         problems = _problems(self.paths)
@@ -109,11 +109,27 @@ def _problems(paths: list[str]) -> list[str]:
     for path in map(Path, paths):
         if not path.exists():
             problems.append(f"dataset.paths: there is no {path} (relative paths start at {Path.cwd()})")
+        elif not path.is_file() and not path.is_dir():
+            problems.append(f"dataset.paths: {path} is neither a file nor a folder")
         elif path.is_file() and path.stat().st_size == 0:
             problems.append(f"dataset.paths: {path} is empty: name a file with text in it")
     for path in sorted({path for path in paths if paths.count(path) > 1}):
         problems.append(f"dataset.paths: {path} is named twice")
     return problems
+
+
+def _too_little(paths: list[str], seq_len: int) -> list[str]:
+    """Files that cannot hold a block, whatever the tokenizer: a token is at least a byte, and each file may get
+    a closing newline. Found before anything is built from them."""
+    if any(Path(path).is_dir() for path in paths):
+        return []
+    most = sum(Path(path).stat().st_size + 1 for path in paths)
+    if most >= seq_len + 1:
+        return []
+    return [
+        f"dataset.paths: {', '.join(paths)}: {most} bytes are fewer than one block of seq_len+1 = {seq_len + 1}: "
+        f"give it more text or set seq_len to at most {max(most - 1, 1)}"
+    ]
 
 
 def _visible(name: str) -> bool:

@@ -95,9 +95,10 @@ def surroundings() -> str:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     lines = {
         "date": str(date.today()),
-        "commit": _git("rev-parse", "--short", "HEAD") + (" with changes" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + (" with changes" if changes else ""),
         "machine": f"{_cpu()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}; {device}",
         "load": f"{os.getloadavg()[0]:.1f} when it began",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",

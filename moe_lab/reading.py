@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 LARGEST_JSON = 64 << 20
+DEEPEST = 50
 LARGEST_YAML = 256 << 10  # a config has a few kilobytes, and yaml is slow to read
 
 
@@ -30,7 +31,7 @@ def json_object(text: bytes, name: str) -> dict[str, Any]:
         raise ValueError(f"{name}: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{name}: a JSON object is needed, this is {type(value).__name__}")
-    return value
+    return _shallow(value, name)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -61,7 +62,7 @@ def yaml_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.name}: {' '.join(said.split())}") from None
     if not isinstance(value, dict) or not _plain(value):
         raise ValueError(f"{path.name}: a mapping of plain values is needed")
-    return value
+    return _shallow(value, path.name)
 
 
 def content(path: Path, most: int | None = None) -> bytes:
@@ -72,6 +73,17 @@ def content(path: Path, most: int | None = None) -> bytes:
     if most is not None and found.st_size > most:
         raise ValueError(f"{path.name}: {found.st_size:,} bytes, {most:,} at most")
     return path.read_bytes()
+
+
+def _shallow(value: dict[str, Any], name: str) -> dict[str, Any]:
+    """The same value, if whoever walks through it will come back: Python's stack is finite."""
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        inner = [v for node in level for v in (node.values() if isinstance(node, dict) else node)]
+        level = [node for node in inner if isinstance(node, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"{name}: nested too deep")
 
 
 def _no_json(constant: str) -> NoReturn:

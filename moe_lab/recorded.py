@@ -8,6 +8,10 @@ from typing import Any
 from moe_lab import reading
 
 
+# What code raises that takes a file of somebody else's for a run's.
+FOREIGN = (LookupError, TypeError, AttributeError, ArithmeticError)
+
+
 class Damaged(ValueError):
     """What stands in a run directory is not what a run writes."""
 

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from moe_lab import durable
+from moe_lab import durable, reading
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ FORMAT = 2  # part of every key: raise it when the same input would give other f
 HASHED_WHOLE = 64 << 20
 SLICES, SLICE = 64, 1 << 20
 SPLITS = ("train", "valid")
+NAMES = {f"{split}.{kind}" for split in SPLITS for kind in ("bin", "domain")} | {"tokenizer.json"}
 
 
 class Damaged(Exception):
@@ -66,7 +67,11 @@ class TokenCache:
         path = self.folder / name
         if path.stat().st_size == 0:  # an empty file cannot be mapped
             return np.empty(0, dtype)
-        return np.memmap(path, dtype, mode="r")
+        found = np.memmap(path, dtype, mode="r")
+        most = self.meta["vocab_size"] if name.endswith(".bin") else len(self.meta["domains"])
+        if found.nbytes <= HASHED_WHOLE and most < 256**found.itemsize and found.max() >= most:
+            raise Damaged(f"{name}: holds {found.max()}, {most - 1} is the largest there can be")
+        return found
 
 
 class Writer:
@@ -77,10 +82,7 @@ class Writer:
         self.dtype = _smallest(vocab_size)
         self.domain_dtype = _smallest(len(domains))
         self.meta: dict[str, Any] = {"format": FORMAT, "vocab_size": vocab_size, "domains": domains}
-        names = [f"{split}.bin" for split in SPLITS]
-        if len(domains) > 1:
-            names += [f"{split}.domain" for split in SPLITS]
-        self.files = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115 closed in finish
+        self.files = {name: open(folder / name, "wb") for name in _names(self.meta)}  # noqa: SIM115 closed in finish
         self.counts = {split: np.zeros(len(domains), np.int64) for split in SPLITS}
 
     def add(self, split: str, tokens: np.ndarray, domain: int | np.ndarray) -> None:
@@ -140,10 +142,10 @@ def open_or_build(cache_dir: Path, name: str, identity: Any, build: Callable[[Pa
             log.warning("the token cache %s is damaged (%s): building it anew", folder, error)
         for remains in cache_dir.glob(f"{folder.name}.*-*"):  # of a process that was killed while building
             shutil.rmtree(remains, ignore_errors=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f"{folder.name}.new-", dir=cache_dir))
+        fresh = cache_dir / f"{folder.name}.new-{os.getpid()}"  # with the mode that the umask gives
+        fresh.mkdir()
         try:
             build(fresh)
-            fresh.chmod(0o755)
             _replace(fresh, folder)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -172,7 +174,8 @@ def _replace(fresh: Path, folder: Path) -> None:
 def _locked(path: Path) -> Iterator[None]:
     """The holder removes the file; who waited for it sees that its file is no longer the one there, and tries again."""
     while True:
-        with open(path, "w") as file:
+        # Never through a link: opening for writing empties what it leads to.
+        with open(path, "w", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -199,12 +202,17 @@ def _verified(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(folder)
     try:
-        sealed = json.loads((folder / "meta.json").read_text())
+        sealed = reading.json_file(folder / "meta.json")
         meta = sealed["meta"]
         if _seal(meta) != sealed["sha256"]:
             raise Damaged("meta.json: checksum")
+        dtypes = _smallest(meta["vocab_size"]), _smallest(len(meta["domains"]))
+        if (meta["dtype"], meta["domain_dtype"]) != dtypes or not NAMES >= set(meta["checks"]) >= set(_names(meta)):
+            raise Damaged("meta.json: is not that of a token cache")
         for name, check in meta["checks"].items():
             path = folder / name
+            if not path.is_file() and path.exists():
+                raise Damaged(f"{name}: is no regular file")
             if path.stat().st_size != check["bytes"]:
                 raise Damaged(f"{name}: {path.stat().st_size} bytes instead of {check['bytes']}")
             small = check["bytes"] <= HASHED_WHOLE
@@ -212,7 +220,7 @@ def _verified(folder: Path) -> dict[str, Any]:
                 raise Damaged(f"{name}: checksum")
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name}: missing") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         raise Damaged("meta.json: unreadable") from None
     return meta
 
@@ -230,6 +238,12 @@ def _quick(path: Path) -> str:
 
 def _seal(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _names(meta: Mapping[str, Any]) -> list[str]:
+    """The files of tokens and, where there are several domains, of domains."""
+    kinds = ("bin", "domain") if len(meta["domains"]) > 1 else ("bin",)
+    return [f"{split}.{kind}" for kind in kinds for split in SPLITS]
 
 
 def _smallest(values: int) -> str:

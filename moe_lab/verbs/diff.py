@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.cli import complain, printable, quiet_pipe
-from moe_lab.recorded import Recorded, flat, read
+from moe_lab.recorded import FOREIGN, Damaged, Recorded, flat, read
 
 SURROUNDINGS = ("moe_lab", "python", "versions.", "platform", "cuda", "threads", "git.", "device", "dtype")
 DATA = "dataset.fingerprint"  # it differs wherever any other fact of the data does
@@ -24,10 +24,11 @@ def main(argv: list[str]) -> int:
         return complain(["diff needs two runs: moe-lab diff RUN RUN"])
     quiet_pipe()
     try:
-        runs = [read(folder) for folder in asked.runs]
+        _print([read(folder) for folder in asked.runs], asked.all)
     except ValueError as error:
-        return complain([str(error)])
-    _print(runs, asked.all)
+        return complain([str(error)], 4 if isinstance(error, Damaged) else 2)
+    except FOREIGN as error:
+        return complain([f"one of these is not what a run writes ({type(error).__name__}); see moe-lab verify"], 4)
     return 0
 
 

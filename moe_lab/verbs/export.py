@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from moe_lab.cli import complain, quiet_pipe
-from moe_lab.recorded import read
+from moe_lab.cli import complain, printable, quiet_pipe
+from moe_lab.recorded import Damaged, read
 
 ABOUT = """One row per log row and one column per number: scalars keep their name (loss, moe/load_cv/worst), arrays get
 a column per layer, moe/load_cv[0], and per layer and expert, moe/selected[0][3]. --long gives one row per number
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     try:
         rows = read(asked.run).rows
     except ValueError as error:
-        return complain([str(error)])
+        return complain([str(error)], 4 if isinstance(error, Damaged) else 2)
     if not rows:
         return complain([f"{asked.run}: no rows in metrics.jsonl yet"])
     table = list(long(rows)) if asked.long else [wide(row) for row in rows]
@@ -37,13 +37,15 @@ def main(argv: list[str]) -> int:
         write_csv(table, sys.stdout)
         return 0
     out = Path(asked.out) if asked.out else asked.run / f"metrics.{form}"
+    if not asked.out and out.is_symlink():
+        return complain([f"{out}: is a link; say --out to write where it leads"], 4)
     try:
         _write(table, out, form)
     except OSError as error:
         return complain([f"{out}: {error.strerror or error}"], 5)
     except ModuleNotFoundError as error:
         return complain([f"parquet needs {error.name}: pip install pyarrow"], 5)
-    print(f"{out}: {len(table)} rows, {len(columns(table))} columns")
+    print(f"{printable(str(out))}: {len(table)} rows, {len(columns(table))} columns")
     return 0
 
 
@@ -84,7 +86,10 @@ def write_csv(table: list[dict[str, Any]], file: IO[str]) -> None:
 
 
 def _harmless(cell: Any) -> Any:
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+    """Text that no spreadsheet takes for a formula and no terminal for a command."""
+    if not isinstance(cell, str):
+        return cell
+    return f"'{printable(cell)}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else printable(cell)
 
 
 def _write(table: list[dict[str, Any]], out: Path, form: str) -> None:

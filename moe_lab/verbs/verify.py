@@ -2,15 +2,13 @@
 
 import argparse
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from moe_lab import reading
 from moe_lab.cli import complain, printable, quiet_pipe
 from moe_lab.run import config_hash
 
@@ -35,7 +33,7 @@ def main(argv: list[str]) -> int:
     for name, good, said in verify(folder):
         bad += not good
         print(f"{'ok ' if good else 'BAD'}  {name:<12} {printable(said)}")
-    print(f"{folder}: {f'{bad} of the checks failed' if bad else 'whole'}")
+    print(f"{printable(str(folder))}: {f'{bad} of the checks failed' if bad else 'whole'}")
     return 4 if bad else 0
 
 
@@ -46,7 +44,9 @@ def verify(folder: Path) -> Iterator[tuple[str, bool, str]]:
             yield name, True, check(folder)
         except Bad as bad:
             yield name, False, str(bad)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        except ValueError as error:
+            yield name, False, str(error)
+        except (OSError, LookupError, TypeError, AttributeError) as error:
             yield name, False, f"{type(error).__name__}: {error}"
 
 
@@ -69,7 +69,7 @@ def _state(folder: Path) -> str:
 
 
 def _config(folder: Path) -> str:
-    cfg = yaml.safe_load((folder / "config.yaml").read_text())
+    cfg = reading.yaml_file(folder / "config.yaml")
     if not (folder / "env.json").exists():
         return "readable; the run did not begin"
     recorded, found = _json(folder / "env.json")["config_hash"], config_hash(cfg)
@@ -105,7 +105,7 @@ def _summary(folder: Path) -> str:
     if _status(folder) != "completed":
         return "not completed: none is needed"
     summary, rows = _json(folder / "summary.json"), _rows(folder / "metrics.jsonl")
-    steps = yaml.safe_load((folder / "config.yaml").read_text())["steps"]
+    steps = reading.yaml_file(folder / "config.yaml")["steps"]
     if not rows or not summary["steps"] == rows[-1]["step"] == steps:
         raise Bad(f"says {summary['steps']} steps; the last row is {rows[-1]['step'] if rows else None} of {steps}")
     for name, value in [("loss", summary["loss"]), ("ppl", summary["ppl"]), *summary["final"].items()]:
@@ -146,20 +146,18 @@ def _status(folder: Path) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return _finite(path.name, json.loads(path.read_text()))
+    return _finite(path.name, reading.json_file(path))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """Every line must be one JSON object and end in a newline."""
-    lines = path.read_text().split("\n")
+    lines = reading.content(path).split(b"\n")
     if lines.pop():
         raise Bad(f"{path.name} ends in half a line")
     rows = []
     for number, line in enumerate(lines, 1):
-        try:
-            rows.append(_finite(f"{path.name} line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise Bad(f"{path.name} line {number}: {error.msg}") from None
+        where = f"{path.name} line {number}"
+        rows.append(_finite(where, reading.row(line, where)))
     return rows
 
 

@@ -53,12 +53,13 @@ def interleave(
     rounds: int = ROUNDS,
     repeats: int = 1,
     clock: Callable[[], float] = time.process_time,
+    warm_up: int = 1,
 ) -> list[Timing]:
-    """Time `repeats` calls of every variant in each round, in an order that rotates, after one warm-up round."""
+    """Time `repeats` calls of every variant in each round, in an order that rotates, after `warm_up` rounds."""
     calls = dict(variants) | {AA: variants[reference]}
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(-1, rounds):
+    for round_ in range(-warm_up, rounds):
         for i in range(len(names)):
             name = names[(round_ + i) % len(names)]
             begin = clock()

@@ -14,6 +14,7 @@ from moe_lab.observe.recorder import Recorder
 MODEL = ["model.dim=256", "model.layers=4", "experts.num=8", "experts.width=512", "batch_size=8", "seq_len=512"]
 COMMON = ["logger=[]", "router=switch", "balance=[switch]", "device=cpu"]
 TARGETS = {"float32": 1.06, "bfloat16": 1.25}
+WARM_UP = 20  # steps in which the heap finds its size: page faults that a run pays once, in its first seconds
 
 
 def parts(*overrides: str) -> Parts:
@@ -50,7 +51,7 @@ def main() -> None:
 def compare(title: str, targets: dict[str, float], *overrides: str) -> None:
     dense, moe = loop(*overrides, "model.moe=false"), loop(*overrides)
     calls = {"dense": lambda: dense.step(0), "moe": lambda: moe.step(0)}
-    table(title, interleave(calls, "dense"), targets)
+    table(title, interleave(calls, "dense", warm_up=WARM_UP), targets)
 
 
 if __name__ == "__main__":

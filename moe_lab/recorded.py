@@ -7,7 +7,6 @@ from typing import Any
 
 from moe_lab import reading
 
-
 # What code raises that takes a file of somebody else's for a run's.
 FOREIGN = (LookupError, TypeError, AttributeError, ArithmeticError)
 

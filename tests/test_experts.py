@@ -85,6 +85,17 @@ def test_grouped_equals_loop(kind: str, counts: list[int], dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "swiglu"])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_weights_cast_one_expert_at_a_time_are_weights_cast_at_once(kind: str, counts: list[int]):
+    """fp32 weights under bf16 rows, as on a CPU: bit for bit what bf16 weights give, and gradients of fp32."""
+    rows_ND = randn(sum(counts), D).to(torch.bfloat16)
+    casting, cast = bank(kind, backend="grouped"), bank(kind, dtype=torch.bfloat16, backend="grouped")
+    for got, expected in zip(run(casting, rows_ND, counts), run(cast, rows_ND, counts), strict=True):
+        assert torch.equal(got, expected.to(got.dtype))
+    assert all(g.dtype == torch.float32 for g in run(casting, rows_ND, counts)[2:])
+
+
+@pytest.mark.parametrize("kind", ["mlp", "swiglu"])
 def test_gradients_against_finite_differences(kind: str):
     experts = bank(kind, 3, torch.float64, width=2, backend="loop")
     rows_ND = randn(7, 3).requires_grad_()
@@ -132,14 +143,15 @@ def test_hidden_and_read_in_are_the_neurons_that_read_the_input(kind: str, backe
     torch.testing.assert_close(experts.hidden(rows_ND, torch.tensor(counts)), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["grouped", "loop"])
-def test_rows_behind_the_last_expert_touch_nothing(backend: str):
+def test_rows_behind_the_last_expert_touch_nothing(backend: str, dtype: torch.dtype):
     """Capacity leaves dropped rows there; whatever they hold, no weight and no computed row may notice."""
     counts = [3, 0, 5, 2]
     experts = bank("swiglu", backend=backend)
     found = []
     for tail in (0.0, torch.nan):
-        rows_ND = torch.cat([randn(10, D).float(), torch.full((4, D), tail)]).requires_grad_()
+        rows_ND = torch.cat([randn(10, D).float(), torch.full((4, D), tail)]).to(dtype).requires_grad_()
         y_ND = experts(rows_ND, torch.tensor(counts))[:10]
         found.append([y_ND, *torch.autograd.grad(y_ND.sum(), (experts.w_in_EID, experts.w_out_EFD))])
     for clean, dirty in zip(*found, strict=True):

@@ -128,8 +128,46 @@ class _Grouped(Function):
         return grad_NX, grad_EXY.to(w_EXY.dtype), None
 
 
+class _CastGrouped(Function):
+    """The same where weights are cast on a CPU: one expert's at a time, so that the cast and the gradient before its
+    own cast stay in the cache, instead of streaming those of all experts through memory."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_NX: Tensor, w_EXY: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(rows_NX, w_EXY)
+        ctx.counts = [*counts, rows_NX.shape[0] - sum(counts)]  # the last: rows behind the last expert's
+        out_NY = rows_NX.new_empty(rows_NX.shape[0], w_EXY.shape[2])
+        cast_XY = torch.empty_like(w_EXY[0], dtype=rows_NX.dtype)
+        for rows, out, w_XY in zip(*_by_expert(ctx.counts, rows_NX, out_NY), w_EXY, strict=False):
+            torch.mm(rows, cast_XY.copy_(w_XY), out=out)
+        return out_NY
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NY: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows_NX, w_EXY = ctx.saved_tensors
+        grad_NX, grad_EXY = torch.empty_like(rows_NX), torch.empty_like(w_EXY)
+        cast_XY = torch.empty_like(w_EXY[0], dtype=rows_NX.dtype)
+        parts = _by_expert(ctx.counts, rows_NX, grad_NY.contiguous(), grad_NX)
+        for rows, grad, grad_rows, w_XY, grad_w in zip(*parts, w_EXY, grad_EXY, strict=False):
+            torch.mm(grad, cast_XY.copy_(w_XY).t(), out=grad_rows)
+            if cast_XY.stride(0) == 1:  # stored by neuron
+                torch.mm(grad.t(), rows, out=cast_XY.t())
+            else:
+                torch.mm(rows.t(), grad, out=cast_XY)
+            grad_w.copy_(cast_XY)
+        return grad_NX, grad_EXY, None
+
+
+def _by_expert(counts: list[int], *sorted_N: Tensor) -> list[tuple[Tensor, ...]]:
+    return [t.split(counts) for t in sorted_N]
+
+
 def grouped(rows_NX: Tensor, w_EXY: Tensor, counts_E: Tensor) -> Tensor:
     """One grouped product for all experts, without a host sync (CUDA: bf16 on SM90+)."""
+    casts = rows_NX.dtype != w_EXY.dtype
+    if casts and rows_NX.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _CastGrouped.apply(rows_NX, w_EXY, counts_E.tolist())  # pyright: ignore
     return _Grouped.apply(rows_NX, w_EXY, counts_E.cumsum(0, dtype=torch.int32))  # pyright: ignore
 
 

@@ -57,7 +57,13 @@ class Examples:
 def examples(parts: Parts, ids: Tensor, domain: Tensor, g: torch.Generator) -> Examples:
     """Inputs and targets of token ids [B, S+1], on the run's device."""
     fields = (*parts.objective.targets(ids, parts.data.vocab_size, g), domain)
-    return Examples(*(t.to(parts.device, non_blocking=True) for t in fields))
+    return Examples(*(send(t, parts.device) for t in fields))
+
+
+def send(t: Tensor, device: torch.device) -> Tensor:
+    """To the device, and no wait for it: CUDA copies beside its work from whole, page-locked memory alone."""
+    ready = t.contiguous().pin_memory() if device.type == "cuda" else t
+    return ready.to(device, non_blocking=True)
 
 
 def contexts(
@@ -86,7 +92,7 @@ def contexts_of(
 def draw_noise(parts: Parts, tokens: int, *key: int | str) -> list[Tensor | None]:
     """Each layer's standard noise for `tokens` tokens [T, E] by position; None where the router has none."""
     return [
-        seeding.noise(m.router.noise, (tokens, m.experts.num), *key, layer).to(parts.device, non_blocking=True)
+        send(seeding.noise(m.router.noise, (tokens, m.experts.num), *key, layer), parts.device)
         if m.router.noise != "none"
         else None
         for layer, m in enumerate(parts.model.moes)

@@ -7,14 +7,30 @@ computed).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+R = TypeVar("R")
+
+
+class cached(Generic[R]):
+    """A property that is computed once, at its first use.
+
+    functools has the same, but takes a lock before Python 3.12, where torch.compile would cut its graph.
+    """
+
+    def __init__(self, compute: Callable[[Any], R]):
+        self.compute, self.name = compute, compute.__name__
+
+    def __get__(self, plan: Any, owner: type) -> R:
+        value = plan.__dict__[self.name] = self.compute(plan)  # found there from now on, before this is asked
+        return value
 
 
 class _Permute(Function):
@@ -91,7 +107,7 @@ class Assignments:
     def selected_TK(self) -> Tensor:
         return self.expert_TK
 
-    @cached_property
+    @cached
     def _order(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows by expert, the inverse of that order, and rows per expert that are executed."""
         key_N = self.expert_TK.reshape(-1)
@@ -107,7 +123,7 @@ class Assignments:
         """Rows handed to each expert, int64 [E]."""
         return self._order[2]
 
-    @cached_property
+    @cached
     def selected_E(self) -> Tensor:
         """Tokens that chose each expert, before capacity, int64 [E]."""
         return self.counts_E if self.kept_TK is None else count(self.expert_TK.reshape(-1), self.num_experts)
@@ -128,7 +144,7 @@ class Assignments:
             rows_ND, self.weight_TK, order_N, self._token_N, inverse_N, self._kept_N
         )
 
-    @cached_property
+    @cached
     def _token_N(self) -> Tensor:
         """The token of every row."""
         return self._order[0] // self.expert_TK.shape[1]
@@ -172,12 +188,12 @@ class Mixture:
     def num_experts(self) -> int:
         return self.weight_TE.shape[1]
 
-    @cached_property
+    @cached
     def counts_E(self) -> Tensor:
         T, E = self.weight_TE.shape
         return torch.full((E,), T, dtype=torch.int64, device=self.weight_TE.device)
 
-    @cached_property
+    @cached
     def selected_E(self) -> Tensor:
         return count(self.selected_TK.reshape(-1), self.num_experts)
 

@@ -168,7 +168,8 @@ def grouped(rows_NX: Tensor, w_EXY: Tensor, counts_E: Tensor) -> Tensor:
     casts = rows_NX.dtype != w_EXY.dtype
     if casts and rows_NX.device.type == "cpu" and not torch.compiler.is_compiling():
         return _CastGrouped.apply(rows_NX, w_EXY, counts_E.tolist())  # pyright: ignore
-    return _Grouped.apply(rows_NX, w_EXY, counts_E.cumsum(0, dtype=torch.int32))  # pyright: ignore
+    ends_E = counts_E.cumsum(0).int()  # cast last: inductor forgets the dtype of a constant's cumsum (torch 2.13)
+    return _Grouped.apply(rows_NX, w_EXY, ends_E)  # pyright: ignore
 
 
 def loop(rows_NX: Tensor, w_EXY: Tensor, counts_E: Tensor) -> Tensor:
@@ -219,6 +220,8 @@ class _SwiGLU(Function):
     def backward(ctx: Any, grad_NF: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         h_NI, silu_NF = ctx.saved_tensors
         gate_NF, up_NF = h_NI.chunk(2, -1)
+        if torch.compiler.is_compiling():  # which cannot trace `out=` into a half, and writes both in one pass itself
+            return torch.cat([torch.ops.aten.silu_backward(grad_NF * up_NF, gate_NF), grad_NF * silu_NF], -1)
         grad_NI = torch.empty_like(h_NI)
         grad_gate_NF, grad_up_NF = grad_NI.chunk(2, -1)
         torch.mul(grad_NF, silu_NF, out=grad_up_NF)

@@ -1,0 +1,74 @@
+"""compile=true: the model is one graph, which no schedule recompiles, and trains to the same numbers.
+
+Whole models are traced and differentiated as torch.compile does it, but not translated to machine code, which would
+take minutes on a CPU; tests/test_gpu.py does that. One small graph goes all the way.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CONF, tiny
+from torch._dynamo import config, reset
+from torch._dynamo.utils import counters
+
+from moe_lab.assemble import assemble
+from moe_lab.loop import Loop, contexts, draw_noise, examples, forward
+from moe_lab.model.experts import grouped
+from moe_lab.observe.recorder import Recorder
+
+ROUTERS = sorted(path.stem for path in Path(CONF, "router").glob("*.yaml"))
+CASES = [(f"router={router}",) for router in ROUTERS] + [
+    ("router=topk", "router.k=3", "router.noise=gaussian", "experts.capacity_factor=1.25", "balance=[importance]"),
+    ("router=softmax_ste", "router.backward=dense", "experts=mlp", "experts.shared_experts=1"),
+    ("router=sigmoid_topk", "balance=[loss_free]", "objective=mlm"),
+]
+
+
+def loop(*overrides: str) -> Loop:
+    parts = assemble(tiny("device=cpu", "dtype=bfloat16", "schedule=anneal", "model.layers=1", *overrides))
+    vocabulary = parts.data.vocab_size + parts.objective.extra_tokens
+    moes, domains = parts.model.moes, len(parts.data.domains)
+    return Loop(parts, Recorder(moes, vocabulary, domains, parts.settings.seq_len, parts.device))
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_one_graph_with_the_same_numbers(overrides: tuple[str, ...]) -> None:
+    eager, compiled = loop(*overrides), loop(*overrides)
+    reset()
+    counters.clear()
+    compiled.parts.model.compile(backend="aot_eager", fullgraph=True)
+    with config.patch(error_on_recompile=True):  # the temperature falls, the noise fades: numbers, not graphs
+        for step in range(3):
+            eager.step(step)
+            compiled.step(step)
+    assert counters["stats"]["unique_graphs"] == 1
+    mine, theirs = (each.row(3, 3) for each in (compiled, eager))
+    assert mine["moe/selected"] == theirs["moe/selected"]
+    for key in ("loss", "loss_total", "grad_norm"):
+        assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
+
+
+def test_a_plan_keeps_what_the_graph_computed() -> None:
+    """Observers find the order of the rows there, rather than sort once more."""
+    parts = loop("router=topk").parts
+    reset()
+    parts.model.compile(backend="aot_eager", fullgraph=True)
+    raw = parts.data.train_batch(0, 0, 4, 32)
+    batch = examples(parts, raw.ids, raw.domain, torch.Generator())
+    out, _ = forward(parts, batch, contexts(parts, parts.schedules.at(0, 10), draw_noise(parts, 128, 0)))
+    assert "_order" in vars(out.routings[0].plan)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_counts_that_are_constant_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every expert runs on all tokens, torch 2.13 works out where they end itself, and in int64."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    reset()
+    rows_NX, w_EXY = torch.randn(32, 16).bfloat16(), torch.randn(4, 16, 16).bfloat16().requires_grad_()
+
+    def product(w_EXY: torch.Tensor) -> torch.Tensor:
+        return grouped(rows_NX, w_EXY, torch.full((4,), 8))
+
+    assert torch.equal(torch.compile(product, fullgraph=True)(w_EXY), product(w_EXY))

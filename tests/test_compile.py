@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CONF, tiny
+from tiny import CONF, loop, tiny
 from torch._dynamo import config, reset
 from torch._dynamo.utils import counters
 
 from moe_lab.assemble import assemble
-from moe_lab.loop import Loop, contexts, draw_noise, examples, forward
+from moe_lab.loop import Parts, contexts, examples, forward
 from moe_lab.model.experts import grouped
-from moe_lab.observe.recorder import Recorder
 
 ROUTERS = sorted(path.stem for path in Path(CONF, "router").glob("*.yaml"))
 CASES = [(f"router={router}",) for router in ROUTERS] + [
@@ -26,16 +25,13 @@ CASES = [(f"router={router}",) for router in ROUTERS] + [
 ]
 
 
-def loop(*overrides: str) -> Loop:
-    parts = assemble(tiny("device=cpu", "dtype=bfloat16", "schedule=anneal", "model.layers=1", *overrides))
-    vocabulary = parts.data.vocab_size + parts.objective.extra_tokens
-    moes, domains = parts.model.moes, len(parts.data.domains)
-    return Loop(parts, Recorder(moes, vocabulary, domains, parts.settings.seq_len, parts.device))
+def parts(*overrides: str) -> Parts:
+    return assemble(tiny("device=cpu", "dtype=bfloat16", "schedule=anneal", "model.layers=1", *overrides))
 
 
 @pytest.mark.parametrize("overrides", CASES, ids=" ".join)
 def test_one_graph_with_the_same_numbers(overrides: tuple[str, ...]) -> None:
-    eager, compiled = loop(*overrides), loop(*overrides)
+    eager, compiled = loop(parts(*overrides)), loop(parts(*overrides))
     reset()
     counters.clear()
     compiled.parts.model.compile(backend="aot_eager", fullgraph=True)
@@ -52,12 +48,11 @@ def test_one_graph_with_the_same_numbers(overrides: tuple[str, ...]) -> None:
 
 def test_a_plan_keeps_what_the_graph_computed() -> None:
     """Observers find the order of the rows there, rather than sort once more."""
-    parts = loop("router=topk").parts
+    p = parts("router=topk")
     reset()
-    parts.model.compile(backend="aot_eager", fullgraph=True)
-    raw = parts.data.train_batch(0, 0, 4, 32)
-    batch = examples(parts, raw.ids, raw.domain, torch.Generator())
-    out, _ = forward(parts, batch, contexts(parts, parts.schedules.at(0, 10), draw_noise(parts, 128, 0)))
+    p.model.compile(backend="aot_eager", fullgraph=True)
+    raw = p.data.train_batch(0, 0, 4, 32)
+    out, _ = forward(p, examples(p, raw.ids, raw.domain, torch.Generator()), contexts(p, p.schedules.at(0, 10)))
     assert "_order" in vars(out.routings[0].plan)
 
 
@@ -72,3 +67,8 @@ def test_counts_that_are_constant_compile(tmp_path: Path, monkeypatch: pytest.Mo
         return grouped(rows_NX, w_EXY, torch.full((4,), 8))
 
     assert torch.equal(torch.compile(product, fullgraph=True)(w_EXY), product(w_EXY))
+
+
+def test_fp32_is_refused_in_a_line() -> None:
+    with pytest.raises(ValueError, match=r"compile=true: .* add dtype=bfloat16"):
+        assemble(tiny("device=cpu", "dtype=float32", "compile=true"))

@@ -2,8 +2,8 @@
 
 The update runs on PyTorch's meta device, whose tensors have no values: an operation that asks for one (`item`,
 `tolist`, `nonzero`, `unique`, `bincount`, a mask as index) fails by itself, and so does one that mixes devices.
-waiting.py adds the copies that wait. Only the optimiser's own kernel is left out, which knows no meta device; tests/test_gpu.py runs
-whole updates.
+waiting.py adds the copies that wait. Only the optimiser's own kernel is left out, which knows no meta device;
+tests/test_gpu.py runs whole updates.
 """
 
 import contextlib
@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CONF, tiny
+from tiny import CONF, loop, tiny
 from torch import Tensor
 from waiting import NoCopies, NoLists
 
 from moe_lab.assemble import assemble
-from moe_lab.loop import Loop
-from moe_lab.observe.recorder import Recorder
 from moe_lab.routing import Routing
 
 ROUTERS = sorted(path.stem for path in Path(CONF, "router").glob("*.yaml"))
@@ -48,14 +46,11 @@ def two_steps(*overrides: str) -> None:
     """Two updates on the meta device, but for the optimiser's own kernel."""
     parts = assemble(tiny("device=cpu", "dtype=bfloat16", *overrides))
     parts.model.to("meta")
-    parts = replace(parts, device=torch.device("meta"))
-    vocabulary = parts.data.vocab_size + parts.objective.extra_tokens
-    moes, domains = parts.model.moes, len(parts.data.domains)
-    loop = Loop(parts, Recorder(moes, vocabulary, domains, parts.settings.seq_len, parts.device))
-    loop.optimizer.step = lambda *args: None  # pyright: ignore[reportAttributeAccessIssue]
+    trained = loop(replace(parts, device=torch.device("meta")))
+    trained.optimizer.step = lambda *args: None  # pyright: ignore[reportAttributeAccessIssue]
     with NoCopies(), NoLists():
-        loop.step(0)
-        loop.step(1)
+        trained.step(0)
+        trained.step(1)
 
 
 @pytest.mark.parametrize("router", ROUTERS)

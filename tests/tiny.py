@@ -7,6 +7,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from moe_lab.config import check
+from moe_lab.loop import Loop, Parts
+from moe_lab.observe.recorder import Recorder
 
 CONF = str(Path(__file__).parents[1] / "conf")
 TINY = [
@@ -35,3 +37,10 @@ def tiny(*overrides: str) -> dict[str, Any]:
     plain = {str(key): value for key, value in cfg.items()}
     assert check(plain) == []
     return plain
+
+
+def loop(parts: Parts) -> Loop:
+    """The training loop of a run's parts."""
+    vocabulary = parts.data.vocab_size + parts.objective.extra_tokens
+    moes, domains = parts.model.moes, len(parts.data.domains)
+    return Loop(parts, Recorder(moes, vocabulary, domains, parts.settings.seq_len, parts.device))

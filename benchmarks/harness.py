@@ -13,9 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 ROUNDS = 9
 AA = "A/A"
+PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # dense bf16 FLOP/s, by NVIDIA's data sheets
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,17 @@ def single_thread() -> None:
     keep_freed_memory()
 
 
-def cuda_seconds() -> float:
-    """A clock that waits for the device."""
+def device() -> "torch.device":
+    """The GPU where there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def clock() -> float:
+    """CPU seconds of this process; with a GPU, wall seconds up to the end of its work."""
+    if device().type == "cpu":
+        return time.process_time()
     import torch
 
     torch.cuda.synchronize()
@@ -52,7 +66,7 @@ def interleave(
     reference: str,
     rounds: int = ROUNDS,
     repeats: int = 1,
-    clock: Callable[[], float] = time.process_time,
+    clock: Callable[[], float] = clock,
     warm_up: int = 1,
 ) -> list[Timing]:
     """Time `repeats` calls of every variant in each round, in an order that rotates, after `warm_up` rounds."""
@@ -89,6 +103,20 @@ def table(title: str, timings: Sequence[Timing], targets: Mapping[str, float] | 
 
 def goal(value: float, most: float, unit: str = "") -> str:
     return f"  target {most:g}{unit}: {'reached' if value <= most else 'NOT REACHED'}"
+
+
+def throughput(name: str, tokens: float, seconds: float, flops_per_token: float) -> str:
+    """Tokens and FLOPs per second, and their share of the GPU's peak where that is known.
+
+    Analytic FLOPs (moe_lab/cost.py): forward and twice that backward, weights that a token does not use left out.
+    """
+    import torch
+
+    rate = tokens / seconds
+    flops = 3 * flops_per_token * rate
+    peak = PEAK.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    share = f", {flops / peak:.2%} of {peak / 1e12:.0f} TFLOP/s (MFU)" if peak else ""
+    return f"  {name}: {rate:,.0f} tokens/s, {flops / 1e12:.3f} TFLOP/s{share}"
 
 
 def surroundings() -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.harness import goal, single_thread
+from benchmarks.harness import device, goal, single_thread
 from benchmarks.layer import DTYPES, D, F, T, our_forward, our_layer
 from moe_lab.model.experts import FeedForward, SwiGLU
 from moe_lab.seeding import initialise
@@ -34,9 +34,10 @@ def kept(module: torch.nn.Module, forward: Callable[[Tensor], Tensor], x_TD: Ten
 def main() -> None:
     single_thread()
     for (name, E, k), target in CASES.items():
-        x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(0)).to(DTYPES[name])
+        x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(0)).to(device(), DTYPES[name])
         layer, dense = our_layer(E, k), FeedForward(D, k * F, SwiGLU, 1)
         initialise(dense, 0)
+        dense.to(device())
         moe_bytes, dense_bytes = kept(layer, our_forward(layer), x_TD), kept(dense, dense, x_TD)
         ratio = moe_bytes / dense_bytes
         line = f"  {name} E={E} k={k}: {moe_bytes / 2**20:.1f} MiB, dense {dense_bytes / 2**20:.1f} MiB, {ratio:.3f}"

@@ -18,6 +18,7 @@ from torch import Tensor
 from waiting import NoCopies, NoLists
 
 from moe_lab.assemble import assemble
+from moe_lab.loop import Loop
 from moe_lab.routing import Routing
 
 ROUTERS = sorted(path.stem for path in Path(CONF, "router").glob("*.yaml"))
@@ -42,7 +43,7 @@ def meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
 
 
-def two_steps(*overrides: str) -> None:
+def two_steps(*overrides: str) -> Loop:
     """Two updates on the meta device, but for the optimiser's own kernel."""
     parts = assemble(tiny("device=cpu", "dtype=bfloat16", *overrides))
     parts.model.to("meta")
@@ -51,6 +52,7 @@ def two_steps(*overrides: str) -> None:
     with NoCopies(), NoLists():
         trained.step(0)
         trained.step(1)
+    return trained
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -66,6 +68,19 @@ def test_no_balancer_waits(balance: str) -> None:
 @pytest.mark.parametrize("overrides", OTHERS, ids=" ".join)
 def test_nothing_else_waits(overrides: tuple[str, ...]) -> None:
     two_steps(*overrides)
+
+
+@pytest.mark.parametrize("router", ["topk", "dense"])
+def test_a_row_is_one_transfer(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its metrics are computed on the device, and cross to the host together."""
+    crossed: list[dict[str, Tensor]] = []
+    monkeypatch.setattr("moe_lab.observe.recorder.to_host", lambda found: crossed.append(found) or {})
+    trained = two_steps(f"router={router}")
+    trained.recorder.row()
+    trained.step(2)
+    trained.recorder.row(evaluation=True)
+    assert len(crossed) == 2 and len(crossed[0]) > 30
+    assert all(t.device.type == "meta" for found in crossed for t in found.values())
 
 
 def test_the_reference_backend_waits() -> None:

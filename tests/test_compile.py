@@ -14,6 +14,7 @@ from torch._dynamo import config, reset
 from torch._dynamo.utils import counters
 
 from moe_lab.assemble import assemble
+from moe_lab.evaluate import Evaluator
 from moe_lab.loop import Parts, contexts, examples, forward
 from moe_lab.model.experts import grouped
 
@@ -44,6 +45,19 @@ def test_one_graph_with_the_same_numbers(overrides: tuple[str, ...]) -> None:
     assert mine["moe/selected"] == theirs["moe/selected"]
     for key in ("loss", "loss_total", "grad_norm"):
         assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
+
+
+def test_an_evaluation_compiles_once() -> None:
+    """Its modes and its shorter last batch are graphs of their own, fewer than dynamo keeps."""
+    trained = loop(parts("router=dense", "router.k=2"))
+    reset()
+    trained.parts.model.compile(backend="aot_eager", fullgraph=True)
+    evaluator, schedules = Evaluator(trained.parts), trained.parts.schedules
+    trained.step(0)
+    evaluator(schedules.at(0, 40))
+    with config.patch(error_on_recompile=True):
+        trained.step(1)
+        evaluator(schedules.at(20, 40))
 
 
 def test_a_plan_keeps_what_the_graph_computed() -> None:

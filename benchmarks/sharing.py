@@ -40,7 +40,7 @@ def train_for(seconds: float, overrides: list[str], begin: Barrier, done: Any) -
     trained.diverged_at()  # waits for the device
     begin.wait(PATIENCE)
     step, began = WARM_UP, time.perf_counter()
-    while time.perf_counter() < began + seconds:
+    while step == WARM_UP or time.perf_counter() < began + seconds:
         update(step)
         step += 1
     trained.diverged_at()

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from moe_lab import seeding
 from moe_lab.balance.base import Balancer, mean_over_layers
@@ -109,12 +107,9 @@ def forward(parts: Parts, batch: Examples, layers: list[Context]) -> tuple[Outpu
 class Loop:
     """The training state beyond the model: optimiser, learning rate, and sums since the last row."""
 
-    optimizer: Optimizer
-    scheduler: LRScheduler
-
     def __init__(self, parts: Parts, recorder: Recorder):
         self.parts, self.recorder = parts, recorder
-        self.optimizer, self.scheduler = parts.optim.build(parts.model, parts.settings.steps)
+        self.optimizer = parts.optim.build(parts.model)
         self.tokens, self.lr = 0, 0.0  # trained on so far; of the last update
         # Losses, gradient norm and updates since the last row, then the first update that was not finite (or 0).
         self.sums = torch.zeros(4 + len(parts.balancers), device=parts.device, dtype=torch.float64)
@@ -161,11 +156,9 @@ class Loop:
         clip = self.parts.optim.clip
         norm = torch.nn.utils.clip_grad_norm_(self.parts.model.parameters(), math.inf if clip is None else clip)
         bad = ~torch.isfinite(norm) | (self.sums[-1] > 0)  # once bad, nothing more is applied
-        self.optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue] (read by fused AdamW)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.lr = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()
+        self.lr = self.parts.optim.rate(step, self.parts.settings.steps)
+        self.optimizer.step(self.lr, bad.float())
+        self.optimizer.zero_grad()
         self.sums[-2] += norm
         self.sums[-1] = torch.where((self.sums[-1] == 0) & bad, step + 1, self.sums[-1])
 

@@ -219,22 +219,18 @@ class Training:
         """Everything that the updates after `done` depend on, and how much of metrics.jsonl belongs to it."""
         self._stop_if_diverged()
         loop = self.loop
-        optimizer = loop.optimizer.state_dict()
-        moments = {f"{i}.{name}": t for i, state in optimizer["state"].items() for name, t in state.items()}
         state = {f"recorder.{name}": t for name, t in loop.recorder.state().items()}
         state |= {f"evaluator.{name}": t for name, t in self.evaluator.state().items()} | {"sums": loop.sums}
         size, digest = self.run.sync()
         values = {
             "tokens": loop.tokens,
             "last_row": self.last_row,
-            "optimizer": [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]],
-            "scheduler": loop.scheduler.state_dict(),
             "metrics_bytes": size,
             "metrics_sha256": digest,
             "data": self.parts.data.fingerprint,
         }
         saved = checkpoint.Checkpoint(
-            done, _copies(self.parts.model.state_dict()), _copies(moments), _copies(state), values
+            done, _copies(self.parts.model.state_dict()), _copies(loop.optimizer.state()), _copies(state), values
         )
         path = checkpoint.save_checkpoint(self.run.checkpoints, saved, self.parts.settings.checkpoint.keep)
         log.info("checkpoint %s", path.name)
@@ -254,14 +250,7 @@ class Training:
                 4, "the data changed since this run began (fingerprint differs); a run cannot go on with other data"
             )
         self.parts.model.load_state_dict(found.model)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in found.optimizer.items():
-            index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = tensor
-        groups = loop.optimizer.state_dict()["param_groups"]
-        groups = [{"params": old["params"], **new} for old, new in zip(groups, values["optimizer"], strict=True)]
-        loop.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        loop.scheduler.load_state_dict(values["scheduler"])
+        loop.optimizer.load_state(found.optimizer)
         loop.recorder.load_state(_under("recorder.", found.state))
         self.evaluator.load_state(_under("evaluator.", found.state))
         loop.sums.copy_(found.state["sums"])

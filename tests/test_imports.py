@@ -140,6 +140,23 @@ finally:
     assert len(done.stdout) > 20 or done.stderr
 
 
+def test_training_imports_neither_the_compiler_nor_what_others_need(tmp_path: Path) -> None:
+    """torch._dynamo and sympy are half of the start, and come with the first torch.optim optimiser that is built."""
+    code = """
+import sys
+from moe_lab.cli import main
+words = "train dataset=clusters logger=[] steps=2 batch_size=2 seq_len=16 eval_tokens=32 model.layers=1 model.dim=32"
+sys.argv = ["moe-lab", *words.split()]
+assert main() == 0
+unneeded = {"torch._dynamo", "torch._inductor", "sympy", "networkx", "wandb", "datasets", "transformers", "pandas"}
+assert "torch" in sys.modules and not unneeded & set(sys.modules), unneeded & set(sys.modules)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "completed after 2 steps" in done.stdout
+
+
 def test_help_and_completion_do_not_even_import_hydra(tmp_path: Path) -> None:
     code = """
 import sys

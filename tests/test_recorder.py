@@ -17,6 +17,7 @@ from moe_lab.observe import load
 from moe_lab.observe.metric import METRICS
 from moe_lab.observe.probe import Probe, mean_activation
 from moe_lab.observe.recorder import Recorder, View
+from moe_lab.observe.window import MEMORY
 from moe_lab.routers.topk import TopK
 from moe_lab.routing import Assignments, Mixture, Plan, Routing
 from moe_lab.seeding import generator, initialise
@@ -227,6 +228,21 @@ def test_centroids_forget():
         r.see(minus)
     old = (r.window.running["centroid_count"] + r.window.running["centroid_sum"][..., 0])[0, 0].item() / 2
     assert old / weight == pytest.approx(0.5, rel=0.01)
+
+
+def test_centroids_sample_large_batches_and_come_round_to_every_token():
+    """64 tokens per expert of 256: a quarter of the batch, and another one at each update."""
+    r = recorder()
+    assert r.window is not None
+    v = view(choices(256 * E))
+    x_TD = torch.eye(D)[torch.arange(256 * E) % 4]  # the quarter that a token is in
+    for update in range(4):
+        r.see(View(v.routings, (x_TD,) * L, v.ids_T, v.domain_T, S, v.loss_T))
+        seen_LD = r.window.running["centroid_sum"].sum(1) > 0
+        assert seen_LD.tolist() == [[quarter <= update for quarter in range(D)]] * L
+        assert r.window.running["centroid_count"][0].sum() == pytest.approx(
+            64 * E * sum(MEMORY ** (i + 1) for i in range(update + 1))
+        )
 
 
 def test_resume_in_the_middle_of_a_window():

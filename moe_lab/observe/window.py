@@ -17,9 +17,7 @@ from moe_lab.plans import count
 from moe_lab.routing import Routing
 
 MEMORY = 0.99  # of the running centroids, per update: half of it is gone after 69 updates
-CENTROID_TOKENS = (
-    1024  # at least so many tokens of a micro-batch go into the centroids, all where it has less than 2048
-)
+CENTROID_TOKENS = 64  # per expert: at least so many of a micro-batch go into the centroids, or all that it has
 
 
 @dataclass(frozen=True)
@@ -175,14 +173,13 @@ class Window:
         return loss_LE, counted_LE.long()
 
     def _centroids(self, view: View, chosen_LTE: Tensor) -> None:
-        """Sums of the inputs of an expert's tokens, over a part of the micro-batch, each part in its turn.
+        """Sums of the inputs of an expert's tokens, over every n-th token, which starts one later at each update.
 
         Reading every input once more would cost as much as all other sums together.
         """
         _, T, E = chosen_LTE.shape
-        parts = max(1, T // (CENTROID_TOKENS * E))
-        turn = self.updates % parts
-        part = slice(T * turn // parts, T * (turn + 1) // parts)
+        every = max(1, T // (CENTROID_TOKENS * E))
+        part = slice(self.updates % every, None, every)
         chosen_LTE = chosen_LTE[:, part]
         layers = zip(chosen_LTE, view.inputs, strict=True)
         self.running["centroid_sum"] += torch.stack([c_TE.T @ x_TD[part].float() for c_TE, x_TD in layers])

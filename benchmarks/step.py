@@ -7,10 +7,12 @@ tokens, no targets.
 
 import os
 import tempfile
+from typing import Any
 
 from benchmarks.harness import device, interleave, single_thread, table, throughput
+from moe_lab.assemble import assemble
 from moe_lab.cost import cost
-from moe_lab.loop import Loop, Parts
+from moe_lab.loop import Loop
 from moe_lab.observe.recorder import Recorder
 
 MODEL = ["model.dim=256", "model.layers=4", "experts.num=8", "experts.width=512", "seq_len=512"]
@@ -20,12 +22,11 @@ TARGETS = {"float32": 1.06, "bfloat16": 1.25}
 WARM_UP = 20  # steps in which the heap finds its size: page faults that a run pays once, in its first seconds
 
 
-def parts(*overrides: str) -> Parts:
-    """A run's objects, composed by Hydra as a user's would be."""
+def config(*overrides: str) -> dict[str, Any]:
+    """A run's checked config, composed by Hydra as a user's would be."""
     from hydra import compose, initialize
     from omegaconf import OmegaConf
 
-    from moe_lab.assemble import assemble
     from moe_lab.config import check
 
     with initialize("../conf", version_base="1.3"):
@@ -33,11 +34,11 @@ def parts(*overrides: str) -> Parts:
     assert isinstance(cfg, dict)
     plain = {str(key): value for key, value in cfg.items()}
     assert check(plain) == [], check(plain)
-    return assemble(plain)
+    return plain
 
 
 def loop(*overrides: str) -> Loop:
-    p = parts(*overrides)
+    p = assemble(config(*overrides))
     vocabulary = p.data.vocab_size + p.objective.extra_tokens
     return Loop(p, Recorder(p.model.moes, vocabulary, len(p.data.domains), p.settings.seq_len, p.device))
 

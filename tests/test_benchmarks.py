@@ -1,9 +1,11 @@
 """The benchmarks run, on small sizes: what they print is nobody's measurement."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks import graph, harness, layer, memory, sharing, step
+from benchmarks import diagnostics, graph, harness, layer, memory, sharing, startup, step
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="measures the GPU where there is one: make bench")
 SMALL = ["model.dim=32", "model.layers=1", "experts.num=4", "seq_len=32", "dataset=clusters"]
@@ -57,6 +59,27 @@ def test_the_share_of_the_peak_is_told_where_it_is_known(monkeypatch: pytest.Mon
     assert said == "  moe: 100 tokens/s, 98.900 TFLOP/s, 10.00% of 989 TFLOP/s (MFU)"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another card")
     assert "MFU" not in harness.throughput("moe", 200.0, 2.0, 1.0)
+
+
+def test_diagnostics(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "ROUNDS", 2)
+    diagnostics.compare("small", [], 100.0, 0.0)
+    said = capsys.readouterr().out
+    assert "blind" in said and "target 100 %: reached" in said and "target 0 %: NOT REACHED" in said
+
+
+def test_startup(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "ROUNDS", 2)
+    monkeypatch.setattr(startup, "STEP", "moe-lab list")
+    monkeypatch.setattr(startup, "WANDB", "moe-lab train --help")
+    monkeypatch.setattr(startup, "COMMANDS", {"moe-lab list": 60.0, "moe-lab train --help": None})
+    startup.main()
+    assert "target 60 s: reached" in capsys.readouterr().out
+
+
+def test_a_command_that_fails_is_not_timed(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no such command"):
+        startup.command("moe-lab lst", str(tmp_path))
 
 
 def test_sharing() -> None:

@@ -34,8 +34,6 @@ OTHERS = [
     ("model.moe_every=2", "optim.clip=null"),
 ]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*optimizer.step")  # is left out
-
 
 @pytest.fixture(autouse=True)
 def meta(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """`moe-lab VERB ...`: takes the verb off the command line and hands over; nothing heavy is imported before that."""
 
+import errno
 import os
 import signal
 import sys
@@ -55,6 +56,9 @@ def main() -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # of a path that was named here: too long, not to be read
+        said = f"{error.filename or argv[0]}: {error.strerror or error}"
+        return complain([said], 2 if error.errno == errno.ENAMETOOLONG else 5)
 
 
 def quiet_pipe() -> None:
@@ -69,6 +73,17 @@ def complain(lines: list[str], code: int = 2) -> int:
     for line in lines:
         print(f"moe-lab: {printable(hide(line))}", file=sys.stderr, flush=True)
     return code
+
+
+def arguments(verb: str, about: str):
+    """A parser that tells a mistake like everything else does: in one line, and printable."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str):
+            sys.exit(complain([f"{message}; see {self.prog} --help"]))
+
+    return Parser(f"moe-lab {verb}", description=about)
 
 
 def printable(text: str) -> str:

@@ -30,7 +30,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from moe_lab import config, mistakes, naming, places, presets
-from moe_lab.secrecy import secrets_in
 
 T = TypeVar("T")
 MAX_JOBS = 2000
@@ -95,8 +94,7 @@ def compose(app: Hydra, config_name: str, overrides: list[str], mode: RunMode = 
 
 def compose_one(app: Hydra, config_name: str, overrides: list[str]) -> DictConfig:
     """What --cfg and --info show, which is one job, with -m as well."""
-    parser = OverridesParser.create(config_loader=app.config_loader)
-    parsed = _told(lambda: parser.parse_overrides(overrides), app, config_name, overrides)
+    parsed = _told(lambda: _parsed(app, overrides), app, config_name, overrides)
     _refuse(
         [
             f"{o.input_line}: several values, but what is shown is one job: give a single value with --cfg or --info"
@@ -105,8 +103,9 @@ def compose_one(app: Hydra, config_name: str, overrides: list[str]) -> DictConfi
         ]
     )
     cfg = compose(app, config_name, overrides)
+    _refuse(_unfit(parsed))
     job = {key: value for key, value in _unresolved(cfg).items() if key != "hydra"}
-    _refuse(list(secrets_in(job)))
+    _refuse(config.unfit_for_a_record(job, ""))
     return cfg
 
 
@@ -119,12 +118,12 @@ def _told(load: Callable[[], T], app: Hydra, config_name: str, overrides: list[s
 
 def plan(app: Hydra, config_name: str, overrides: list[str], multirun: bool) -> Plan:
     """Compose and check all that is asked for. Raises Refused with every mistake that was found."""
-    swept = _told(lambda: _with_groups(app, overrides), app, config_name, overrides)
+    _refuse(_told(lambda: _unfit(_parsed(app, overrides)), app, config_name, overrides))
+    swept = _with_groups(app, overrides)
     master = compose(app, config_name, swept, RunMode.MULTIRUN, validate_sweep_overrides=False)
     hydra_part = _unresolved(master.hydra)
     _refuse(list(forbidden(hydra_part)))
-    told = {key: value for key, value in hydra_part.items() if key != "overrides"}  # those are in the job's config
-    _refuse(config.unfit_for_a_record(told, "hydra") or list(places.joined(hydra_part)))
+    _refuse(config.unfit_for_a_record(hydra_part, "hydra") or list(places.joined(hydra_part)))
     multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
     asked = [o for o in (swept if multirun else overrides) if not o.startswith("hydra.mode=")]
     asked.append(f"hydra.mode={'MULTIRUN' if multirun else 'RUN'}")
@@ -133,14 +132,14 @@ def plan(app: Hydra, config_name: str, overrides: list[str], multirun: bool) -> 
     else:
         cfg = compose(app, config_name, asked)
         _refuse(config.check(_told(lambda: naming.plain(cfg), app, config_name, asked)))
-        _refuse(_taken(cfg))
+        _refuse(_taken(_told(lambda: str(cfg.hydra.run.dir), app, config_name, asked)))
     return Plan(asked, multirun)
 
 
 def _with_groups(app: Hydra, overrides: list[str]) -> list[str]:
     """`router=topk,switch router.k=1`: Hydra would set router.k in the default router first, which need not have it.
     As a sweep over one value, it is set together with each router."""
-    parsed = OverridesParser.create(config_loader=app.config_loader).parse_overrides(overrides)
+    parsed = _parsed(app, overrides)
     swept = {o.key_or_group for o in parsed if o.is_sweep_override() and "." not in o.key_or_group}
     told = []
     for o in parsed:
@@ -150,16 +149,28 @@ def _with_groups(app: Hydra, overrides: list[str]) -> list[str]:
     return told
 
 
+def _parsed(app: Hydra, overrides: list[str]) -> list[Override]:
+    return OverridesParser.create(config_loader=app.config_loader).parse_overrides(overrides)
+
+
+def _unfit(overrides: list[Override]) -> list[str]:
+    """Overrides are written down as they were given, also where a later one replaces them."""
+    values = [
+        (o.key_or_group, str(o.input_line).partition("=")[2] if o.is_sweep_override() else o.value()) for o in overrides
+    ]
+    return [problem for key, value in values for problem in config.unfit_for_a_record({key: value}, "")]
+
+
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise Refused(problems)
 
 
-def _taken(cfg: DictConfig) -> list[str]:
+def _taken(run_dir: str) -> list[str]:
     """A run directory of the user's own choice must be new, or hold a run."""
-    folder = Path(str(cfg.hydra.run.dir))
-    if problems := places.named("hydra.run.dir", str(folder)):
+    if problems := places.named("hydra.run.dir", run_dir):
         return problems
+    folder = Path(run_dir)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "status.json").exists():
         return [f"hydra.run.dir={folder}: is not empty and holds no run; choose a new directory"]
     return places.directory("hydra.run.dir", str(folder))
@@ -172,7 +183,8 @@ def _check_sweep(app: Hydra, config_name: str, overrides: list[str]) -> None:
     parsed = OverridesParser.create(config_loader=app.config_loader).parse_overrides(
         params + list(master.hydra.overrides.task)
     )
-    _refuse(places.directory("hydra.sweep.dir", str(master.hydra.sweep.dir)))
+    sweep_dir = _told(lambda: str(master.hydra.sweep.dir), app, config_name, overrides)
+    _refuse(places.directory("hydra.sweep.dir", sweep_dir))
     many = math.prod(_length(override) for override in {o.get_key_element(): o for o in parsed}.values())
     if many > MAX_JOBS:
         raise Refused([f"this sweep has {many:,} jobs; the limit is {MAX_JOBS:,}: sweep over less at a time"])

@@ -38,6 +38,8 @@ def directory(key: str, folder: str) -> list[str]:
 
 def named(key: str, folder: str) -> list[str]:
     """What is wrong with the name of a directory."""
+    if not folder:
+        return [f"{key}: is empty; name a directory"]
     if not all(c.isprintable() for c in folder):
         return [f"{key}={folder}: holds a control character or half a character"]
     if any(len(os.fsencode(part)) > LONGEST for part in Path(folder).parts):

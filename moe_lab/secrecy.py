@@ -4,10 +4,12 @@ Configs are written down with every run, so a config that holds a secret is refu
 passes through `hide`.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 HIDDEN = "[redacted]"
 WHY = "configs are written down with every run; leave it to the environment of the program that needs it"
@@ -18,16 +20,22 @@ _NAME = re.compile(
     r"|(^|[^a-z])(key|token|auth|pass|pwd|pat|bearer)(_?\d+)?$"
 )
 # scheme://user@, scheme://user:password@ (also with a / or @ in the password), and ?token=... behind a path
-_URL = re.compile(r"(?<=://)(?:[^/@\s]+|[^/\s:@]*:(?!\d+/)[^\s]*)@")
+_URL = re.compile(r"(?<=://)(?:[^/@\s]{1,999}|[^/\s:@]{0,999}:(?!\d+/)[^\s]{0,999})@")
+_PASSWORD = re.compile(r"://[^/\s:@]*:(?!\d+/)([^\s]+)@")
 _QUERY = re.compile(r"([?&]([\w.-]+)=)([^&\s\"']+)")
 _SHAPE = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|sk-(?:proj-|ant-)?[A-Za-z0-9_]{20,}"
-    r"|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}|wandb_v\d_\w{20,}|local-[0-9a-f]{40}"
-    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+)"
+    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|sk-(?=[\w-]{0,200}\d)[\w-]{20,}"
+    r"|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{35}|xox[abprs]-[\w-]{10,}|npm_[A-Za-z0-9]{36}|pypi-AgEI[\w-]+"
+    r"|wandb_v\d_\w{20,}|local-[0-9a-f]{40}|eyJ[\w-]{8,2000}\.eyJ[\w-]{8,2000}\.[\w-]+)"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|(?<=hooks\.slack\.com/services/)[\w/]+"
 )
+_HEADER = re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?(?:basic|bearer|token)\s+)[\w.~+/=-]+")
 _VALUE = r"(\"[^\"]*\"|'[^']*'|[^\s,;}\]]+)"
-_ASSIGNED = re.compile(rf"([\w.@/-]+)(=){_VALUE}|([\w.-]+)(['\"]:\s*){_VALUE}|(?<!\S)(--[\w.-]+)(\s+){_VALUE}")
+# Each name from its first letter on only: a long text of letters would be searched from every one of them.
+_ASSIGNED = re.compile(
+    rf"(?<![\w.@/-])([\w.@/-]+)(=){_VALUE}|(?<![\w.-])([\w.-]+)(['\"]:\s*){_VALUE}|(?<!\S)(--[\w.-]+)(\s+){_VALUE}"
+)
 
 
 def secret_name(name: str) -> bool:
@@ -50,7 +58,7 @@ def secrets_in(node: Any, path: str = "") -> Iterator[str]:
     elif isinstance(node, list):
         for i, value in enumerate(node):
             yield from secrets_in(value, f"{path}.{i}")
-    elif isinstance(node, str) and (why := reason(node)):
+    elif isinstance(node, str | int | float) and (why := reason(str(node))):
         yield f"{path}: {why}; {WHY}"
 
 
@@ -58,7 +66,7 @@ def reason(text: str) -> str | None:
     """Why a text is taken for a secret, or None."""
     if _URL.search(text) or any(secret_name(found[2]) for found in _QUERY.finditer(text)):
         return "holds a URL with a user name, a password or a token in it"
-    if _SHAPE.search(text):
+    if _SHAPE.search(text) or _HEADER.search(text):
         return "looks like an access token"
     return next((f"holds the value of {name}" for value, name in _held() if value in text), None)
 
@@ -86,7 +94,7 @@ def redact(override: str) -> str:
 
 
 def _without(text: str) -> str:
-    text = _SHAPE.sub(HIDDEN, _URL.sub(f"{HIDDEN}@", text))
+    text = _HEADER.sub(rf"\g<1>{HIDDEN}", _SHAPE.sub(HIDDEN, _URL.sub(f"{HIDDEN}@", text)))
     return _QUERY.sub(lambda found: f"{found[1]}{HIDDEN}" if secret_name(found[2]) else found[0], text)
 
 
@@ -97,8 +105,18 @@ def _hide_assigned(found: re.Match[str]) -> str:
 
 
 def _held() -> Iterator[tuple[str, str]]:
-    """(value, name) of the environment's secrets; the path of a key file is none."""
-    for name, value in os.environ.items():
-        path = value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value))
-        if len(value) >= SHORTEST and secret_name(name) and not path:
-            yield value, name
+    """(text, name) of the environment's secrets, the longest first, so that none is left standing by half."""
+    found = {text: name for name, value in os.environ.items() for text in _forms(name, value)}
+    yield from sorted(found.items(), key=lambda pair: -len(pair[0]))
+
+
+def _forms(name: str, value: str) -> Iterator[str]:
+    """A variable's secret as it may stand in a text: line by line, and as quoted by Python, JSON and URLs."""
+    is_path = value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value))
+    password = _PASSWORD.search(value)
+    secret = value if secret_name(name) and not is_path else password[1] if password else ""
+    for part in (secret, *secret.splitlines()):
+        text = part.strip()
+        if len(text) >= SHORTEST:
+            raw = os.fsencode(text)  # a variable need not be text
+            yield from (text, repr(text)[1:-1], json.dumps(text)[1:-1], quote(raw, ""), quote_plus(raw))

@@ -105,8 +105,8 @@ class Text(Corpus):
 def _problems(paths: list[str]) -> list[str]:
     if not paths:
         return ["dataset.paths is empty: name text files or folders, for example dataset.paths=[my.txt]"]
-    problems = []
-    for path in map(Path, paths):
+    problems = ["dataset.paths: one of them is empty: name a file or a folder"] * ("" in paths)
+    for path in map(Path, filter(None, paths)):
         if not path.exists():
             problems.append(f"dataset.paths: there is no {path} (relative paths start at {Path.cwd()})")
         elif not path.is_file() and not path.is_dir():

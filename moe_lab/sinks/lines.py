@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
+from moe_lab.secrecy import hide
 from moe_lab.sinks.board import STYLES, State, clean, clock, count, evaluation, number
 
 
@@ -38,7 +39,7 @@ def start_lines(run_dir: str, facts: dict[str, Any]) -> list[str]:
     lines = [*facts.get("destinations", []), f"run directory: {run_dir}"]
     if facts.get("resumed_from") is not None:
         lines.append(f"resumed from step {facts['resumed_from']}")
-    return [clean(line) for line in lines if line]
+    return [clean(hide(line)) for line in lines if line]
 
 
 def closing(status: str, summary: dict[str, Any], state: State) -> Text:
@@ -99,7 +100,7 @@ def places(status: str, run_dir: str, destinations: list[str]) -> Text:
         if (Path(run_dir) / name).exists():
             text.append(f"{label}: ", "dim").append(f"{run_dir}/{name}\n")
     for line in filter(None, destinations):
-        text.append(clean(line) + "\n")
+        text.append(clean(hide(line)) + "\n")
     if status == "preempted":
         text.append("continue: ", "bold").append(f"moe-lab train resume={run_dir}\n")
     return text

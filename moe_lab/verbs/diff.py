@@ -1,13 +1,12 @@
 """`moe-lab diff RUN RUN ...`: how runs differ in config and surroundings, and how they ended."""
 
-import argparse
 import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_lab.cli import complain, printable, quiet_pipe
+from moe_lab.cli import arguments, complain, printable, quiet_pipe
 from moe_lab.recorded import FOREIGN, Damaged, Recorded, flat, read
 
 SURROUNDINGS = ("moe_lab", "python", "versions.", "platform", "cuda", "threads", "git.", "device", "dtype")
@@ -16,7 +15,7 @@ HASH = re.compile("[0-9a-f]{32,}")
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("moe-lab diff", description="How runs differ in config, and in outcome.")
+    parser = arguments("diff", "How runs differ in config, and in outcome.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="two run directories or more")
     parser.add_argument("--all", action="store_true", help="keys that do not differ as well")
     asked = parser.parse_args(argv)

@@ -1,13 +1,12 @@
 """`moe-lab export RUN`: metrics.jsonl as one table for pandas, polars, R or a spreadsheet."""
 
-import argparse
 import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from moe_lab.cli import complain, printable, quiet_pipe
+from moe_lab.cli import arguments, complain, printable, quiet_pipe
 from moe_lab.recorded import Damaged, read
 
 ABOUT = """One row per log row and one column per number: scalars keep their name (loss, moe/load_cv/worst), arrays get
@@ -16,7 +15,7 @@ instead, with the columns step, metric, layer, expert and value, ready for a gro
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("moe-lab export", description=ABOUT)
+    parser = arguments("export", ABOUT)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--format", choices=("csv", "parquet"), help="default: that of --out's ending, else csv")
     parser.add_argument("--out", metavar="FILE", help="default: RUN/metrics.csv or .parquet; - for standard output")

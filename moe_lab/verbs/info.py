@@ -1,6 +1,5 @@
 """`moe-lab info`: what a bug report needs to say about a machine. Holds no secrets."""
 
-import argparse
 import os
 import platform
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab import __version__, presets
-from moe_lab.cli import quiet_pipe
+from moe_lab.cli import arguments, quiet_pipe
 
 PACKAGES = ("torch", "hydra-core", "omegaconf", "pydantic", "numpy", "safetensors", "rich", "wandb", "datasets")
 EXTRAS = ("tokenizers", "transformers", "pyarrow", "hydra-joblib-launcher", "hydra-submitit-launcher")
@@ -17,9 +16,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
 def main(argv: list[str]) -> int:
-    argparse.ArgumentParser("moe-lab info", description="Versions, devices and paths, for a bug report.").parse_args(
-        argv
-    )
+    arguments("info", "Versions, devices and paths, for a bug report.").parse_args(argv)
     quiet_pipe()
     for name, value in facts().items():
         print(f"{name:<14} {value}")

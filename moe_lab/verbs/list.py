@@ -1,15 +1,14 @@
 """`moe-lab list [GROUP]`: what there is, from conf/ and the user's own config directory."""
 
-import argparse
 from collections.abc import Iterable
 from typing import Any
 
 from moe_lab import presets
-from moe_lab.cli import complain, quiet_pipe
+from moe_lab.cli import arguments, complain, quiet_pipe
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("moe-lab list", description="The groups, or the options of one with their keys.")
+    parser = arguments("list", "The groups, or the options of one with their keys.")
     parser.add_argument("group", nargs="?", help="router, experts, balance, ...; all of them when left out")
     asked = parser.parse_args(argv).group
     quiet_pipe()

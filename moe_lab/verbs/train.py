@@ -140,6 +140,8 @@ def guarded(go: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
     except OSError as error:
         if type(error).__name__ == "DatasetUnavailable" or error.errno in ENVIRONMENT:
             return {"exit": 5, "message": str(error)}
+        if error.errno == errno.ENAMETOOLONG and not (folder / "env.json").exists():
+            return {"exit": 2, "message": f"{error.filename}: {error.strerror}"}
         return _unexpected(error)
     except ValueError as error:
         if (folder / "env.json").exists():  # it ran already: not the user's mistake

@@ -1,6 +1,5 @@
 """`moe-lab verify RUN`: is this run whole? Reads everything and touches nothing."""
 
-import argparse
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab import reading
-from moe_lab.cli import complain, printable, quiet_pipe
+from moe_lab.cli import arguments, complain, printable, quiet_pipe
 from moe_lab.run import config_hash
 
 STATUSES = ("created", "running", "completed", "diverged", "failed", "oom", "timeout", "preempted")
@@ -21,7 +20,7 @@ class Bad(Exception):
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("moe-lab verify", description="Check that a run is whole, without touching it.")
+    parser = arguments("verify", "Check that a run is whole, without touching it.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     folder = parser.parse_args(argv).run
     if not folder.is_dir():

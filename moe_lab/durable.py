@@ -30,7 +30,7 @@ def write_json(path: Path, value: Any) -> None:
 def sweep(folder: Path) -> None:
     """Remove what a killed writer left behind. Only for who holds the folder's lock."""
     for left in folder.rglob(".*.tmp.*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

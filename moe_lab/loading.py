@@ -35,8 +35,9 @@ class LoadedRun:
         found = checkpoint.newest(self.folder / "checkpoints")
         if found is None:
             raise ValueError(f"{self.folder}: no checkpoint to load a model from")
-        model = bare_model(self.config, self.env["vocab_size"], build("objective", self.config["objective"]))
-        model.load_state_dict(found.model)
+        with reading.of_a_run(self.folder):
+            model = bare_model(self.config, self.env["vocab_size"], build("objective", self.config["objective"]))
+            model.load_state_dict(found.model)
         return model
 
     @cached_property

@@ -4,16 +4,40 @@ A run directory may come from somebody else. What is read from it is data of a k
 pipe or a device that has no end, never so deep or so large that reading it takes the process down.
 """
 
+import contextlib
+import hashlib
 import json
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 LARGEST_JSON = 64 << 20
+LONGEST_LINE = 16 << 20
 DEEPEST = 50
+CHUNK = 1 << 20
 LARGEST_YAML = 256 << 10  # a config has a few kilobytes, and yaml is slow to read
+
+# What code raises that takes a file of somebody else's for a run's.
+FOREIGN = (LookupError, TypeError, AttributeError, ArithmeticError)
+
+
+class Damaged(ValueError):
+    """What stands in a run directory is not what a run writes."""
+
+
+@contextlib.contextmanager
+def of_a_run(folder: Path) -> Iterator[None]:
+    """Around code that takes what it reads for what a run wrote: Damaged in one line where it is something else."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except (ValueError, RuntimeError, *FOREIGN) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise Damaged(f"{folder}: holds what no run writes ({said}); see moe-lab verify {folder}") from error
 
 
 def json_file(path: Path) -> dict[str, Any]:
@@ -38,8 +62,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a jsonl file, each with its step; a torn last line is left out, and so is a file that is not there."""
     if not path.exists():
         return []
-    lines = content(path).split(b"\n")
-    return [row(line, f"{path.name} line {number}") for number, line in enumerate(lines[:-1], 1)]
+    whole = (line for line in lines(path) if line.endswith(b"\n"))
+    return [row(line, f"{path.name} line {number}") for number, line in enumerate(whole, 1)]
 
 
 def row(line: bytes, where: str) -> dict[str, Any]:
@@ -65,13 +89,39 @@ def yaml_file(path: Path) -> dict[str, Any]:
     return _shallow(value, path.name)
 
 
+def lines(path: Path) -> Iterator[bytes]:
+    """A regular file's lines, each with its newline. A file of a gigabyte may take no disk, and be one line."""
+    must_be_regular(path)
+    with path.open("rb") as file:
+        while line := file.readline(LONGEST_LINE + 1):
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"{path.name}: a line is longer than {LONGEST_LINE:,} bytes")
+            yield line
+
+
+def sha256_of_start(path: Path, size: int) -> str:
+    """Of the first `size` bytes of a regular file, or of all where it is shorter."""
+    must_be_regular(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while size > 0 and (part := file.read(min(size, CHUNK))):
+            digest.update(part)
+            size -= len(part)
+    return digest.hexdigest()
+
+
+def must_be_regular(path: Path) -> None:
+    """ValueError for a pipe, which would be waited for, and a device, which may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path.name}: is no regular file")
+
+
 def content(path: Path, most: int | None = None) -> bytes:
     """A regular file's bytes."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{path.name}: is no regular file")
-    if most is not None and found.st_size > most:
-        raise ValueError(f"{path.name}: {found.st_size:,} bytes, {most:,} at most")
+    must_be_regular(path)
+    size = path.stat().st_size
+    if most is not None and size > most:
+        raise ValueError(f"{path.name}: {size:,} bytes, {most:,} at most")
     return path.read_bytes()
 
 

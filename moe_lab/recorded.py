@@ -6,13 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab import reading
-
-# What code raises that takes a file of somebody else's for a run's.
-FOREIGN = (LookupError, TypeError, AttributeError, ArithmeticError)
-
-
-class Damaged(ValueError):
-    """What stands in a run directory is not what a run writes."""
+from moe_lab.reading import Damaged
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,9 @@ class Run:
     def start(self, facts: Mapping[str, Any], step: int) -> dict[str, Any]:
         """Record config, machine and what was built, and return the latter; the run counts as running from here."""
         env = environment() | {"config_hash": config_hash(self.cfg), "choices": dict(self.choices)} | redacted(facts)
-        for name, then, now in moved(self.folder, env):
+        with reading.of_a_run(self.folder):
+            changed = moved(self.folder, env)
+        for name, then, now in changed:
             log.warning("%s was %s and is now %s: the numbers may differ in their last digits", name, then, now)
         self.began, self.step = True, step
         durable.write(self.folder / "config.yaml", yaml.safe_dump(redacted(self.cfg), sort_keys=False).encode())
@@ -113,8 +115,8 @@ class Run:
 
     def elapsed(self) -> float:
         """Seconds of training that earlier attempts took."""
-        timing = lenient_rows(self.folder / "timing.jsonl")
-        return timing[-1]["elapsed"] if timing else 0.0
+        timing = [row.get("elapsed") for row in lenient_rows(self.folder / "timing.jsonl")]
+        return max((e for e in timing if isinstance(e, int | float)), default=0.0)
 
     def sync(self) -> tuple[int, str]:
         """Make the rows durable and return the length and the sha256 of metrics.jsonl."""
@@ -124,7 +126,7 @@ class Run:
 
     def rewind(self, size: int) -> None:
         """Forget rows beyond a checkpoint: a resumed run writes them again."""
-        if os.fstat(self._metrics.fileno()).st_size < size:
+        if not 0 <= size <= os.fstat(self._metrics.fileno()).st_size:
             raise Stop(4, f"{self.folder}/metrics.jsonl: shorter than its checkpoint says; rows are missing")
         os.truncate(self._metrics.fileno(), size)
         known = {row["step"] for row in self.rows()}
@@ -219,9 +221,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def lenient_rows(path: Path) -> list[dict[str, Any]]:
     """The readable rows of a file that nothing depends on."""
     found = []
-    for line in reading.content(path).split(b"\n") if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            found.append(reading.row(line, path.name))
+    with contextlib.suppress(ValueError, FileNotFoundError):
+        for line in reading.lines(path):
+            with contextlib.suppress(ValueError):
+                found.append(reading.row(line, path.name))
     return found
 
 

@@ -1,7 +1,6 @@
 """The whole story of a run: `train(cfg, ...)` from an empty directory, `resume(run_dir, cfg)` from its checkpoint."""
 
 import ctypes
-import json
 import logging
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_lab import checkpoint
+from moe_lab import checkpoint, reading
 from moe_lab.assemble import assemble, prepare
 from moe_lab.config import build, registered
 from moe_lab.cost import cost
@@ -47,16 +46,20 @@ def train(cfg: dict[str, Any], run_dir: Path, overrides: list[str], choices: Map
 def _finished(run_dir: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     """The summary of a finished run, if its data is still the same."""
     data = prepare(cfg)
-    if json.loads((run_dir / "env.json").read_text())["dataset"]["fingerprint"] != data.fingerprint:
+    with reading.of_a_run(run_dir):
+        fingerprint = reading.json_file(run_dir / "env.json")["dataset"]["fingerprint"]
+        summary = reading.json_file(run_dir / "summary.json")
+    if fingerprint != data.fingerprint:
         raise Stop(4, f"{run_dir}: holds this run on other data (its fingerprint differs); choose another directory")
-    return json.loads((run_dir / "summary.json").read_text())
+    return summary
 
 
 def resume(run_dir: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     """Go on from the newest checkpoint of `run_dir`; `cfg` is its config, but for keys that change no number."""
-    env = json.loads((run_dir / "env.json").read_text())
-    overrides = (run_dir / "overrides.txt").read_text().splitlines()
-    return train(cfg | {"fast": False}, run_dir, overrides, env["choices"])
+    with reading.of_a_run(run_dir):
+        choices = reading.json_file(run_dir / "env.json")["choices"]
+        overrides = reading.content(run_dir / "overrides.txt", reading.LARGEST_YAML).decode().splitlines()
+    return train(cfg | {"fast": False}, run_dir, overrides, choices)
 
 
 class Training:
@@ -79,7 +82,8 @@ class Training:
 
     def go(self) -> dict[str, Any]:
         """Train to the end, or raise Stop; the sinks are closed either way."""
-        self.began_at = self._restore()
+        with reading.of_a_run(self.run.folder):
+            self.began_at = self._restore()
         env = self.run.start(self._facts(), self.began_at)
         error: BaseException | None = None
         try:

@@ -53,7 +53,7 @@ MAY: dict[str, set[str]] = {
     "assemble": {"config", "settings", "model", "objectives", "seeding", "loop", "datasets"},
     "train": {
         *("run", "checkpoint", "config", "settings", "assemble", "loop", "evaluate", "cost", "observe", "sinks"),
-        *("datasets", "model", "probes", "secrecy"),
+        *("datasets", "model", "probes", "reading", "secrecy"),
     },
     "loading": {"reading", "run", "checkpoint", "assemble", "config", "datasets", "loop", "model"},
     "recorded": {"reading"},

@@ -98,7 +98,8 @@ class Data:
         """
         if self.num_valid < 2:
             return {}
-        return self._cache.derived("ngram.json", lambda: ngram.lines(self._cache.tokens, self.vocab_size))
+        counted = {"unigram", "bigram"}
+        return self._cache.derived("ngram.json", counted, lambda: ngram.lines(self._cache.tokens, self.vocab_size))
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Token ids as text."""

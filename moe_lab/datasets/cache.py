@@ -10,6 +10,7 @@ the size and a second recorded hash over 64 evenly spaced slices of 1 MiB are ch
 overwriting and lost pages in about a tenth of a second, though not a single flipped bit elsewhere.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -18,7 +19,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,13 +50,14 @@ class TokenCache:
         kind = self.meta["domain_dtype"]
         self.domains = {split: self._map(f"{split}.domain", kind) if several else None for split in SPLITS}
 
-    def derived(self, name: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """A small result kept in the entry as JSON; computed again where it is missing or unreadable."""
+    def derived(self, name: str, keys: set[str], compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """A small result kept in the entry as JSON; computed again where that is missing or something else."""
         path = self.folder / name
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError):
-            value = compute()
+        with contextlib.suppress(OSError, ValueError):
+            kept = reading.json_file(path)
+            if kept.keys() == keys and all(type(value) is float for value in kept.values()):
+                return kept
+        value = compute()
         try:
             durable.write(path, json.dumps(value).encode())
         except OSError as error:  # a read-only cache still serves
@@ -67,7 +68,10 @@ class TokenCache:
         path = self.folder / name
         if path.stat().st_size == 0:  # an empty file cannot be mapped
             return np.empty(0, dtype)
-        found = np.memmap(path, dtype, mode="r")
+        try:
+            found = np.memmap(path, dtype, mode="r")
+        except ValueError as error:  # half a token
+            raise Damaged(f"{name}: {error}") from None
         most = self.meta["vocab_size"] if name.endswith(".bin") else len(self.meta["domains"])
         if found.nbytes <= HASHED_WHOLE and most < 256**found.itemsize and found.max() >= most:
             raise Damaged(f"{name}: holds {found.max()}, {most - 1} is the largest there can be")
@@ -170,7 +174,7 @@ def _replace(fresh: Path, folder: Path) -> None:
     durable.sync_folder(folder.parent)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """The holder removes the file; who waited for it sees that its file is no longer the one there, and tries again."""
     while True:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moe_lab.reading import Damaged
+
 Kind = Literal["byte", "bpe"]
 PIECE = 1 << 20
 TRAINED_ON = 32 << 20  # bytes; more text hardly changes the merges
@@ -34,7 +36,11 @@ class BPE:
     """Byte-level byte-pair encoding by Hugging Face's `tokenizers`, kept as one JSON file."""
 
     def __init__(self, path: Path):
-        self._tokenizer = _package().Tokenizer.from_file(str(path))
+        package = _package()
+        try:
+            self._tokenizer = package.Tokenizer.from_file(str(path))
+        except Exception as error:  # of no class of its own
+            raise Damaged(f"{path}: is no tokenizer ({error}); remove its folder, and it is built anew") from None
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self.about: dict[str, Any] = {"name": "bpe", "vocab": self.vocab_size}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.cli import arguments, complain, printable, quiet_pipe
-from moe_lab.recorded import FOREIGN, Damaged, Recorded, flat, read
+from moe_lab.reading import FOREIGN, Damaged
+from moe_lab.recorded import Recorded, flat, read
 
 SURROUNDINGS = ("moe_lab", "python", "versions.", "platform", "cuda", "threads", "git.", "device", "dtype")
 DATA = "dataset.fingerprint"  # it differs wherever any other fact of the data does

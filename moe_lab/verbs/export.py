@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from moe_lab.cli import arguments, complain, printable, quiet_pipe
-from moe_lab.recorded import Damaged, read
+from moe_lab.reading import Damaged
+from moe_lab.recorded import read
 
 ABOUT = """One row per log row and one column per number: scalars keep their name (loss, moe/load_cv/worst), arrays get
 a column per layer, moe/load_cv[0], and per layer and expert, moe/selected[0][3]. --long gives one row per number

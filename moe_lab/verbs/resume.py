@@ -27,8 +27,8 @@ def main(run: str, overrides: list[str]) -> int:
         return complain([f"resume={run}: no run directory (it has no config.yaml)"])
     try:
         cfg = reading.yaml_file(folder / "config.yaml")
-        choices = reading.json_file(folder / "env.json")["choices"]
-    except (OSError, ValueError, KeyError):
+        choices = dict(reading.json_file(folder / "env.json")["choices"])
+    except (OSError, ValueError, KeyError, TypeError):
         return complain([f"resume={run}: config.yaml or env.json is damaged; see moe-lab verify {run}"], 4)
     try:
         changed, refused = _apply(overrides, cfg, choices)
@@ -38,10 +38,13 @@ def main(run: str, overrides: list[str]) -> int:
         return complain([str(error.args[0])])
     if refused:
         return complain([f"{line}; only {', '.join(SAFE)} may change when a run goes on" for line in refused], 4)
+    if problems := config.check(changed):
+        if overrides:
+            return complain(problems)
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        return complain([f"resume={run}: config.yaml is not that of a run: {problems[0]}{more}"], 4)
     if _lost(folder, cfg):
         return complain([f"resume={run}: has no checkpoint to go on from; start the run again"], 4)
-    if problems := config.check(changed):
-        return complain(problems, 2 if overrides else 4)
     return _go(folder, changed)
 
 

@@ -129,6 +129,7 @@ def job(cfg: Any) -> dict[str, Any]:
 
 def guarded(go: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
     """The run's summary, or {"exit": code, "message": line} where it ended in any other way."""
+    from moe_lab.reading import Damaged
     from moe_lab.run import Stop
 
     try:
@@ -140,9 +141,14 @@ def guarded(go: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
     except OSError as error:
         if type(error).__name__ == "DatasetUnavailable" or error.errno in ENVIRONMENT:
             return {"exit": 5, "message": str(error)}
+        if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP):  # in the place of a file that a run writes
+            return {"exit": 4, "message": f"{error.filename}: {error.strerror}"}
         if error.errno == errno.ENAMETOOLONG and not (folder / "env.json").exists():
             return {"exit": 2, "message": f"{error.filename}: {error.strerror}"}
         return _unexpected(error)
+    except Damaged as damaged:
+        log.info("what was read: %s", damaged, exc_info=True)  # into train.log
+        return {"exit": 4, "message": str(damaged)}
     except ValueError as error:
         if (folder / "env.json").exists():  # it ran already: not the user's mistake
             return _unexpected(error)

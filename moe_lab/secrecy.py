@@ -30,7 +30,7 @@ _SHAPE = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
     r"|(?<=hooks\.slack\.com/services/)[\w/]+"
 )
-_HEADER = re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?(?:basic|bearer|token)\s+)[\w.~+/=-]+")
+_HEADER = re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?(?:basic|bearer|token)\s+)([\w.~+/=-]+)")
 _VALUE = r"(\"[^\"]*\"|'[^']*'|[^\s,;}\]]+)"
 # Each name from its first letter on only: a long text of letters would be searched from every one of them.
 _ASSIGNED = re.compile(
@@ -113,8 +113,8 @@ def _held() -> Iterator[tuple[str, str]]:
 def _forms(name: str, value: str) -> Iterator[str]:
     """A variable's secret as it may stand in a text: line by line, and as quoted by Python, JSON and URLs."""
     is_path = value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value))
-    password = _PASSWORD.search(value)
-    secret = value if secret_name(name) and not is_path else password[1] if password else ""
+    inside = _PASSWORD.search(value) or _HEADER.search(value)
+    secret = value if secret_name(name) and not is_path else inside[inside.re.groups] if inside else ""
     for part in (secret, *secret.splitlines()):
         text = part.strip()
         if len(text) >= SHORTEST:

@@ -68,6 +68,7 @@ def read(path: Path, prefix: str = "") -> Preset:
     preset = Preset(path.stem)
     parents: list[tuple[int, str]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        line = "".join(c if c.isprintable() else " " for c in line)  # it is shown to a terminal
         if found := _PACKAGE.match(line):
             preset.package = found[1]
         elif line.startswith("#"):
@@ -109,7 +110,8 @@ def groups(own: Path | None = None) -> dict[str, Group]:
         for folder in _folders(base):
             group = found.setdefault(folder.name, _group(folder.name, [], ""))
             for path in sorted(folder.glob("*.yaml")):
-                group.presets[path.stem] = read(path, folder.name)
+                if path.name.isprintable():
+                    group.presets[path.stem] = read(path, folder.name)
     return {name: group for name, group in found.items() if group.presets}
 
 
@@ -120,5 +122,7 @@ def _group(name: str, chosen: list[str], train_yaml: str) -> Group:
 def _folders(base: Path) -> Iterator[Path]:
     if base.is_dir():
         yield from (
-            path for path in sorted(base.iterdir()) if path.is_dir() and path.name not in ("hydra", "__pycache__")
+            path
+            for path in sorted(base.iterdir())
+            if path.is_dir() and path.name.isprintable() and path.name not in ("hydra", "__pycache__")
         )

@@ -64,7 +64,7 @@ MAY: dict[str, set[str]] = {
     "completion": {"cli", "presets"},
     "verbs": {
         *("cli", "config", "presets", "naming", "hydra_app", "recorded", "run", "train", "checkpoint"),
-        *("assemble", "sinks", "reading", "places"),
+        *("assemble", "sinks", "reading", "places", "secrecy"),
     },
     "__main__": {"cli"},
     "__init__": {"loading"},

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab import __version__, presets
-from moe_lab.cli import arguments, quiet_pipe
+from moe_lab.cli import arguments, printable, quiet_pipe
+from moe_lab.secrecy import hide
 
 PACKAGES = ("torch", "hydra-core", "omegaconf", "pydantic", "numpy", "safetensors", "rich", "wandb", "datasets")
 EXTRAS = ("tokenizers", "transformers", "pyarrow", "hydra-joblib-launcher", "hydra-submitit-launcher")
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> int:
     arguments("info", "Versions, devices and paths, for a bug report.").parse_args(argv)
     quiet_pipe()
     for name, value in facts().items():
-        print(f"{name:<14} {value}")
+        print(f"{name:<14} {printable(hide(str(value)))}")
     return 0
 
 

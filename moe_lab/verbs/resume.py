@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 from moe_lab import config, presets, reading
-from moe_lab.cli import complain
+from moe_lab.cli import complain, printable
 from moe_lab.recorded import flat
 from moe_lab.run import lenient_rows, read_status
 
@@ -95,5 +95,5 @@ def _go(folder: Path, cfg: dict[str, Any]) -> int:
     if "exit" in summary:
         return complain([summary["message"]], summary["exit"])
     if done:
-        print(f"{folder}: was completed before; its summary is {folder / 'summary.json'}")
+        print(printable(f"{folder}: was completed before; its summary is {folder / 'summary.json'}"))
     return 0

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moe_lab import presets
+from moe_lab import places, presets
 from moe_lab.cli import complain, quiet_pipe
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
     if args.experimental_rerun or args.config_path:
         return complain(["--experimental-rerun and --config-path are not offered; see resume= and --config-dir"])
     own = Path(args.config_dir) if args.config_dir else presets.own_dir()
+    if own is not None and (problems := places.named("--config-dir or MOE_LAB_CONFIG_DIR", str(own))):
+        return complain(problems)
     if own is not None and not own.is_dir():
         return complain([f"{own}: no such config directory (--config-dir or MOE_LAB_CONFIG_DIR)"])
     if own is not None and (taken := presets.clashes(own)):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-Attack = Callable[[Path], None]
+Attack = Callable[[Path], object]
 CANARY = Path("pwned")  # in the folder where the command runs; exists only if something was executed
 
 
@@ -110,7 +110,7 @@ def merged(name: str, **changes: Any) -> Attack:
 
 
 def appended(name: str, text: str) -> Attack:
-    return lambda run: (run / name).open("a").write(text) and None
+    return lambda run: (run / name).write_text((run / name).read_text() + text)
 
 
 def sparse(name: str, size: int) -> Attack:

@@ -166,7 +166,7 @@ declare(
     "centroid_cos",
     TOPIC,
     "mean_e cos(r_e - mean r, mu_e - mu), mu_e = running mean of tokens that chose e, mu of all choices; "
-    "a micro-batch gives at least 64 E of its tokens, or all",
+    "a micro-batch gives at least 256 E of its tokens, or all",
     span=("-1", "1"),
     balanced="any",
     collapsed="undefined at k experts that get the same tokens",

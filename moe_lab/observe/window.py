@@ -17,7 +17,7 @@ from moe_lab.plans import count
 from moe_lab.routing import Routing
 
 MEMORY = 0.99  # of the running centroids, per update: half of it is gone after 69 updates
-CENTROID_TOKENS = 64  # per expert: at least so many of a micro-batch go into the centroids, or all that it has
+CENTROID_TOKENS = 256  # per expert: at least so many of a micro-batch go into the centroids, or all that it has
 
 
 @dataclass(frozen=True)

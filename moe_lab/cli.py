@@ -28,6 +28,10 @@ Exit codes: 0 ok, 1 a run failed, 2 wrong usage or config (nothing written), 3 d
 """
 
 
+MOST_LINES = 20  # of complaints at once
+LONGEST_LINE = 600
+
+
 def main() -> int:
     """The console script. Returns the exit code."""
     argv = sys.argv[1:]
@@ -56,9 +60,8 @@ def main() -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # of a path that was named here: too long, not to be read
-        said = f"{error.filename or argv[0]}: {error.strerror or error}"
-        return complain([said], 2 if error.errno == errno.ENAMETOOLONG else 5)
+    except OSError as error:  # a disk, a permission; a name that no file can have is the user's
+        return complain([in_words(error)], 2 if error.errno == errno.ENAMETOOLONG else 5)
 
 
 def quiet_pipe() -> None:
@@ -70,8 +73,9 @@ def complain(lines: list[str], code: int = 2) -> int:
     """Print each line to stderr after the program's name, without secrets, and return the exit code."""
     from moe_lab.secrecy import hide
 
-    for line in lines:
-        print(f"moe-lab: {printable(hide(line))}", file=sys.stderr, flush=True)
+    more = [f"and {len(lines) - MOST_LINES} more mistakes"] if len(lines) > MOST_LINES else []
+    for line in (*lines[:MOST_LINES], *more):
+        print(f"moe-lab: {cut(printable(hide(line)), LONGEST_LINE)}", file=sys.stderr, flush=True)
     return code
 
 
@@ -84,6 +88,17 @@ def arguments(verb: str, about: str):
             sys.exit(complain([f"{message}; see {self.prog} --help"]))
 
     return Parser(f"moe-lab {verb}", description=about)
+
+
+def cut(text: str, most: int) -> str:
+    """Text of at most so many characters: its beginning and its end, where it is longer."""
+    half = most // 2 - 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
+
+def in_words(error: OSError) -> str:
+    """What an operating system's error says, without its number: path: reason."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error.strerror or str(error)
 
 
 def printable(text: str) -> str:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from moe_lab.secrecy import secrets_in
 
+LONGEST_SHOWN = 80  # characters of a value in a message
 LARGEST = 2**63  # whole numbers stay below: no tensor, file or counter takes more
 Config = Mapping[str, Any]
 C = TypeVar("C", bound=type)
@@ -184,7 +185,7 @@ def _huge(node: Any, path: str) -> Iterator[str]:
         for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
             yield from _huge(value, ".".join(filter(None, [path, str(key)])))
     elif isinstance(node, int) and abs(node) >= LARGEST:
-        yield f"{path}={node}: must be below {LARGEST}"
+        yield f"{path}={shown(node)}: must be below {LARGEST}"
 
 
 def _disguised(given: Any, taken: Any, path: str) -> Iterator[str]:
@@ -233,6 +234,8 @@ def _wording(error: Mapping[str, Any]) -> str:
         offered = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
         close = difflib.get_close_matches(str(error["input"]), offered, n=1)
         return f"must be {' | '.join(offered)}" + (f"; did you mean {close[0]}?" if close else "")
+    if error["type"] == "string_too_short":
+        return "must not be empty"
     if error["type"] == "string_pattern_mismatch":
         return f"must match {context['pattern']}"
     message = error["msg"].removeprefix("Value error, ")
@@ -240,7 +243,12 @@ def _wording(error: Mapping[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it would be typed."""
+    """A value as it would be typed, its beginning where it is long."""
+    whole = _typed_as(value)
+    return whole if len(whole) <= LONGEST_SHOWN else f"{whole[: LONGEST_SHOWN - 3]}..."
+
+
+def _typed_as(value: Any) -> str:
     if isinstance(value, str):
         return value or '""'
     if isinstance(value, list):

@@ -25,7 +25,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, OverrideType, RangeSweep
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
@@ -185,6 +185,7 @@ def _check_sweep(app: Hydra, config_name: str, overrides: list[str]) -> None:
     )
     sweep_dir = _told(lambda: str(master.hydra.sweep.dir), app, config_name, overrides)
     _refuse(places.directory("hydra.sweep.dir", sweep_dir))
+    _refuse([line for o in parsed if (line := _no_sweep(o))])
     many = math.prod(_length(override) for override in {o.get_key_element(): o for o in parsed}.values())
     if many > MAX_JOBS:
         raise Refused([f"this sweep has {many:,} jobs; the limit is {MAX_JOBS:,}: sweep over less at a time"])
@@ -240,8 +241,20 @@ class Composed:
         return cfg
 
 
+def _no_sweep(override: Override) -> str | None:
+    """What is wrong with a sweep over one key."""
+    value = override.value()
+    if override.is_sweep_override() and not override.is_discrete_sweep():
+        return f"{override.input_line}: has no end; sweep over a,b,c or range(start,stop,step)"
+    if isinstance(value, RangeSweep) and not value.step:
+        return f"{override.input_line}: a range needs a step other than 0"
+    return f"{override.input_line}: there is nothing in it to sweep over" if not _length(override) else None
+
+
 def _length(override: Override) -> int:
     value = override.value()
+    if isinstance(value, Glob):
+        return sum(1 for _ in override.sweep_string_iterator())
     if isinstance(value, RangeSweep):
         assert value.start is not None and value.stop is not None
         return max(0, math.ceil((value.stop - value.start) / value.step))

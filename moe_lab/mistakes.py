@@ -31,8 +31,8 @@ def explain(error: BaseException, loader: ConfigLoader, config_name: str, overri
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    if nameless := [o for o in overrides if o.lstrip("+~").startswith("=")]:
-        return [_unreadable(o) for o in nameless]
+    if unreadable := [o for o in overrides if o.lstrip("+~").startswith("=") or not _reads(o, loader)]:
+        return [_unreadable(o) for o in unreadable]
     for e in chain:
         if isinstance(e, OverrideParseException):
             return [_unreadable(e.override)]
@@ -45,8 +45,16 @@ def explain(error: BaseException, loader: ConfigLoader, config_name: str, overri
     return _bad_overrides(loader, config_name, overrides) or [_said(error, chain, loader, config_name, overrides)]
 
 
+def _reads(override: str, loader: ConfigLoader) -> bool:
+    try:
+        OverridesParser.create(config_loader=loader).parse_override(override)
+    except Exception:  # beside its own error the parser lets through those of Python: too deep, too many digits
+        return False
+    return True
+
+
 def _unreadable(override: str) -> str:
-    override = redact(override)
+    override = config.shown(redact(override))
     if "=" not in override.lstrip("=") or override.startswith("="):
         return f"{override}: not understood; write key=value, e.g. router=topk"
     return f"{override}: cannot be read; quote a value with special characters: 'key=\"a, b\"'"
@@ -55,7 +63,9 @@ def _unreadable(override: str) -> str:
 def _bad_yaml(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"{mark.name}:{mark.line + 1}: " if mark else ""
-    return f"{where}not valid yaml: {getattr(error, 'problem', None) or error}"
+    problem = getattr(error, "problem", None)
+    said = f"{error.context}, {problem}" if problem and problem.startswith("but ") else problem  # pyright: ignore
+    return f"{where}not valid yaml: {said or error}"
 
 
 def _bad_overrides(loader: ConfigLoader, config_name: str, overrides: list[str]) -> list[str]:
@@ -153,4 +163,6 @@ def _culprit(loader: ConfigLoader, config_name: str, overrides: list[str]) -> st
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deep, or it leads back to itself"
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()

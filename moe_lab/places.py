@@ -13,6 +13,7 @@ from typing import Any
 NAME = re.compile(r"(?!\.\.?$)[\w.=,+-]{1,100}")
 LOG = re.compile(r"\$\{hydra\.runtime\.output_dir\}/(\$\{hydra\.job\.name\}|[\w-]+)\.log")
 LONGEST = 255  # bytes of one part of a path, on every usual file system
+LONGEST_PATH = 3800  # bytes; Linux takes 4,096, and what a run writes has names of its own
 
 
 def joined(hydra: Mapping[str, Any]) -> Iterator[str]:
@@ -44,6 +45,8 @@ def named(key: str, folder: str) -> list[str]:
         return [f"{key}={folder}: holds a control character or half a character"]
     if any(len(os.fsencode(part)) > LONGEST for part in Path(folder).parts):
         return [f"{key}={folder[:40]}...: a part of it is longer than {LONGEST} bytes"]
+    if (length := len(os.fsencode(os.path.abspath(folder)))) > LONGEST_PATH:
+        return [f"{key}={folder[:40]}...: is {length:,} bytes long, {LONGEST_PATH:,} at most"]
     return []
 
 

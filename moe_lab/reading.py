@@ -18,6 +18,7 @@ LARGEST_JSON = 64 << 20
 LONGEST_LINE = 16 << 20
 DEEPEST = 50
 CHUNK = 1 << 20
+MOST_VALUES = 10_000
 LARGEST_YAML = 256 << 10  # a config has a few kilobytes, and yaml is slow to read
 
 # What code raises that takes a file of somebody else's for a run's.
@@ -114,6 +115,42 @@ def must_be_regular(path: Path) -> None:
     """ValueError for a pipe, which would be waited for, and a device, which may never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path.name}: is no regular file")
+
+
+def too_much(folder: Path) -> list[str]:
+    """A line for each yaml file below a folder that would take down whoever reads it: a pipe, megabytes, or a few
+    bytes that stand for millions of values. What else may be wrong with it is told when it is used."""
+    found = []
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            if not path.is_dir():
+                _weigh(content(path, LARGEST_YAML), path.name)
+        except ValueError as error:
+            found.append(f"{path.parent}/{error}")
+        except (OSError, yaml.YAMLError):
+            continue
+    return found
+
+
+def _weigh(text: bytes, name: str) -> None:
+    """ValueError where a yaml text nests too deep or, with its aliases written out, holds too many values."""
+    sizes: dict[str | None, int] = {}  # of what has an anchor
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # anchor and values so far, from the outside in
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, 1))
+        elif isinstance(event, yaml.ScalarEvent | yaml.AliasEvent | yaml.CollectionEndEvent):
+            alias = isinstance(event, yaml.AliasEvent)
+            anchor, size = (None, sizes.get(event.anchor, 1)) if alias else (getattr(event, "anchor", None), 1)
+            if isinstance(event, yaml.CollectionEndEvent):
+                anchor, size = open_nodes.pop()
+            sizes[anchor] = size
+            outer, total = open_nodes.pop()
+            open_nodes.append((outer, total + size))
+            if total + size > MOST_VALUES:
+                raise ValueError(f"{name}: holds more than {MOST_VALUES:,} values, its aliases written out")
+        if len(open_nodes) > DEEPEST:
+            raise ValueError(f"{name}: nested too deep")
 
 
 def content(path: Path, most: int | None = None) -> bytes:

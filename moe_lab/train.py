@@ -253,7 +253,11 @@ class Training:
             raise Stop(
                 4, "the data changed since this run began (fingerprint differs); a run cannot go on with other data"
             )
-        self.parts.model.load_state_dict(found.model)
+        try:
+            self.parts.model.load_state_dict(found.model)
+        except RuntimeError:
+            name = f"{self.run.checkpoints.name}/step-{found.step:08d}"
+            raise Stop(4, f"{self.run.folder}: {name} is of another model than config.yaml says") from None
         loop.optimizer.load_state(found.optimizer)
         loop.recorder.load_state(_under("recorder.", found.state))
         self.evaluator.load_state(_under("evaluator.", found.state))

@@ -39,6 +39,10 @@ class Damaged(Exception):
     """An entry that does not hold what its meta.json says."""
 
 
+class Unusable(OSError):
+    """There is no place for a token cache: the environment's fault."""
+
+
 class TokenCache:
     """An open entry: `tokens[split]` and `domains[split]` (None where there is one domain) and `meta`."""
 
@@ -128,7 +132,7 @@ class Writer:
 def open_or_build(cache_dir: Path, name: str, identity: Any, build: Callable[[Path], None]) -> TokenCache:
     """The entry for `identity` (plain JSON: everything that its tokens depend on), built by `build(folder)`.
 
-    A damaged entry is built anew, with one line of log. OSError where the cache cannot be written.
+    A damaged entry is built anew, with one line of log. Unusable where the cache cannot be written.
     """
     key = hashlib.sha256(json.dumps([FORMAT, name, identity], sort_keys=True).encode()).hexdigest()
     folder = cache_dir / f"{name}-{key[:16]}"
@@ -136,7 +140,11 @@ def open_or_build(cache_dir: Path, name: str, identity: Any, build: Callable[[Pa
         return TokenCache(folder)
     except (FileNotFoundError, Damaged):
         pass
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache_dir).close()
+    except OSError as error:
+        raise Unusable(f"{cache_dir}: {error.strerror}; set MOE_LAB_CACHE to a folder that can be written") from None
     with _locked(cache_dir / f"{folder.name}.lock"):
         try:
             return TokenCache(folder)  # another process was first
@@ -203,7 +211,11 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 def _verified(folder: Path) -> dict[str, Any]:
     """meta.json, once the files match it. FileNotFoundError: no entry; Damaged: says which file and how."""
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except OSError as error:
+        raise Unusable(f"{folder}: {error.strerror}; set MOE_LAB_CACHE to another folder") from None
+    if not there:
         raise FileNotFoundError(folder)
     try:
         sealed = reading.json_file(folder / "meta.json")

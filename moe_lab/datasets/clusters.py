@@ -39,8 +39,8 @@ class Clusters(Dataset):
         domains: Annotated[int, Field(ge=1, le=256)] = 8,
         vocab_size: Annotated[int, Field(ge=2, le=65536)] = 64,
         branching: Annotated[int, Field(ge=1)] = 2,
-        segment: Annotated[int, Field(ge=2)] = 64,
-        tokens: Annotated[int, Field(ge=2)] = 1_000_000,
+        segment: Annotated[int, Field(ge=2, le=1_000_000)] = 64,
+        tokens: Annotated[int, Field(ge=2, le=1_000_000_000)] = 1_000_000,
         seed: Annotated[int, Field(ge=0)] = 0,
     ):
         self.options = {

@@ -1,13 +1,15 @@
 """Files and folders of one's own."""
 
 import logging
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from moe_lab.config import Config, option
+from moe_lab.config import Config, option, shown
 from moe_lab.datasets import files
 from moe_lab.datasets.corpus import Corpus, Document, check_utf8
 from moe_lab.datasets.tokenizer import Kind
@@ -59,7 +61,7 @@ class Text(Corpus):
         return files.content_hash(sources)
 
     def documents(self) -> Iterator[Document]:
-        self._skipped = 0
+        self._skipped, some = 0, False
         named = {Path(path) for path in self.paths}
         for source in self._sources():
             text = source.path.read_bytes()
@@ -69,8 +71,9 @@ class Text(Corpus):
                 self._skipped += 1
                 continue
             if text:
+                some = True
                 yield Document(source.domain, text)
-        if self._skipped:
+        if self._skipped and some:
             log.warning("dataset text: %d files that are no UTF-8 text are left out", self._skipped)
 
     def domain_names(self, found: set[str]) -> list[str]:
@@ -105,14 +108,22 @@ class Text(Corpus):
 def _problems(paths: list[str]) -> list[str]:
     if not paths:
         return ["dataset.paths is empty: name text files or folders, for example dataset.paths=[my.txt]"]
-    problems = ["dataset.paths: one of them is empty: name a file or a folder"] * ("" in paths)
-    for path in map(Path, filter(None, paths)):
-        if not path.exists():
-            problems.append(f"dataset.paths: there is no {path} (relative paths start at {Path.cwd()})")
-        elif not path.is_file() and not path.is_dir():
-            problems.append(f"dataset.paths: {path} is neither a file nor a folder")
-        elif path.is_file() and path.stat().st_size == 0:
-            problems.append(f"dataset.paths: {path} is empty: name a file with text in it")
+    problems = []
+    for path in paths:
+        try:
+            found = os.stat(path)
+        except PermissionError:  # the environment's fault
+            raise
+        except (FileNotFoundError, NotADirectoryError):
+            where = f"there is no {path} (relative paths start at {Path.cwd()})"
+            problems.append(f"dataset.paths: {where if path else 'an empty name stands in it'}")
+        except (OSError, ValueError) as error:
+            problems.append(f"dataset.paths: {shown(path)}: {getattr(error, 'strerror', None) or error}")
+        else:
+            if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+                problems.append(f"dataset.paths: {path} is neither a file nor a folder")
+            elif stat.S_ISREG(found.st_mode) and found.st_size == 0:
+                problems.append(f"dataset.paths: {path} is empty: name a file with text in it")
     for path in sorted({path for path in paths if paths.count(path) > 1}):
         problems.append(f"dataset.paths: {path} is named twice")
     return problems
@@ -127,7 +138,7 @@ def _too_little(paths: list[str], seq_len: int) -> list[str]:
     if most >= seq_len + 1:
         return []
     return [
-        f"dataset.paths: {', '.join(paths)}: {most} bytes are fewer than one block of seq_len+1 = {seq_len + 1}: "
+        f"dataset.paths: {', '.join(paths)}: at most {most} tokens are fewer than one block of seq_len+1 = {seq_len + 1}: "
         f"give it more text or set seq_len to at most {max(most - 1, 1)}"
     ]
 

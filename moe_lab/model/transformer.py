@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from moe_lab.config import build, option
-from moe_lab.model.experts import FeedForward
+from moe_lab.config import build, option, registered
+from moe_lab.model.experts import FeedForward, usual_width
 from moe_lab.model.moe import MoE
 from moe_lab.routing import Context, Routing
 from moe_lab.seeding import parameter
 
 PosInt = Annotated[int, Field(ge=1)]
+MOST_WEIGHTS = 10**11
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Transformer(nn.Module):
         experts: Mapping[str, Any],
         *,
         dim: PosInt = 128,
-        layers: PosInt = 4,
+        layers: Annotated[int, Field(ge=1, le=1000)] = 4,
         heads: PosInt = 4,
         moe: bool = True,
         moe_every: PosInt = 1,
@@ -140,6 +141,8 @@ class Transformer(nn.Module):
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         found = []
+        if (many := _weights(node, cfg["experts"])) > MOST_WEIGHTS:
+            found.append(f"model and experts: {many:.1e} weights fit no machine; make model.dim or experts.num smaller")
         if node["dim"] % (2 * node["heads"]):
             found.append(
                 f"model.dim={node['dim']}: must be a multiple of 2 * model.heads = {2 * node['heads']} (rotary)"
@@ -150,6 +153,14 @@ class Transformer(nn.Module):
                 "for a dense baseline say model.moe=false"
             )
         return found
+
+
+def _weights(model: Mapping[str, Any], experts: Mapping[str, Any]) -> int:
+    """About how many a model has, embeddings apart."""
+    dim, kind = model["dim"], registered("experts")[experts["name"]]
+    width = experts["width"] or usual_width(dim, kind.sides)
+    sparse = model["layers"] // model["moe_every"] * (experts["num"] + experts["shared_experts"])
+    return 4 * model["layers"] * dim**2 + (model["layers"] + sparse) * (kind.sides + 1) * dim * width
 
 
 def _feed(

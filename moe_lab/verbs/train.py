@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moe_lab import places, presets
-from moe_lab.cli import complain, quiet_pipe
+from moe_lab import places, presets, reading
+from moe_lab.cli import complain, in_words, quiet_pipe
 
 log = logging.getLogger(__name__)
+MOST_WORDS, MOST_CHARACTERS = 500, 1 << 16  # of a command line; Hydra takes seconds to read more
 ENVIRONMENT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.EIO)
 
 
@@ -23,6 +24,9 @@ def main(argv: list[str]) -> int:
         quiet_pipe()
         train_help.show()
         return 0
+    if len(argv) > MOST_WORDS or sum(map(len, argv)) > MOST_CHARACTERS:
+        told = f"{len(argv):,} words and {sum(map(len, argv)):,} characters; at most {MOST_WORDS} and {MOST_CHARACTERS:,}"
+        return complain([f"the command line has {told}: put what is long into a config of your own (--config-dir)"])
     from hydra._internal.utils import get_args_parser
 
     parser: argparse.ArgumentParser = get_args_parser()
@@ -35,11 +39,13 @@ def main(argv: list[str]) -> int:
         return complain(problems)
     if own is not None and not own.is_dir():
         return complain([f"{own}: no such config directory (--config-dir or MOE_LAB_CONFIG_DIR)"])
-    if own is not None and (taken := presets.clashes(own)):
-        return complain(taken)
+    if own is not None and (unfit := presets.clashes(own) or reading.too_much(own)):
+        return complain(unfit)
     if "resume=" in args.overrides:  # an unset shell variable, say
         return complain(["resume=: is empty; name a run directory, or leave it out to start a new run"])
     resumed = [o for o in args.overrides if o.startswith("resume=") and o != "resume=null"]
+    if len(resumed) > 1 or (resumed and args.multirun):
+        return complain(["resume=: goes on with one run at a time, without -m"])
     if resumed:
         from moe_lab.verbs import resume
 
@@ -79,7 +85,7 @@ def _start(app: Any, config_name: str, plan: Any) -> int:
             return 0
         batches = app.multirun(config_name, job, plan.overrides)
     except OSError as error:  # Hydra could not make the directory
-        return complain([f"{error.filename or 'output_dir'}: {error.strerror or error}"], 5)
+        return complain([f"{in_words(error)}; output_dir= names another place for runs"], 5)
     return _told([ret for batch in batches for ret in batch])
 
 
@@ -132,7 +138,7 @@ def job(cfg: Any) -> dict[str, Any]:
 def guarded(go: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
     """The run's summary, or {"exit": code, "message": line} where it ended in any other way."""
     from moe_lab.reading import Damaged
-    from moe_lab.run import Stop
+    from moe_lab.run import Stop, outcome
 
     try:
         return go()
@@ -141,12 +147,12 @@ def guarded(go: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
     except KeyboardInterrupt:
         return {"exit": 130, "message": f"stopped at once; {folder} goes on from its last checkpoint, if it has one"}
     except OSError as error:
-        if type(error).__name__ == "DatasetUnavailable" or error.errno in ENVIRONMENT:
-            return {"exit": 5, "message": str(error)}
+        if type(error).__name__ in ("DatasetUnavailable", "Unusable") or error.errno in ENVIRONMENT:
+            return {"exit": 5, "message": in_words(error)}
         if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP):  # in the place of a file that a run writes
-            return {"exit": 4, "message": f"{error.filename}: {error.strerror}"}
+            return {"exit": 4, "message": in_words(error)}
         if error.errno == errno.ENAMETOOLONG and not (folder / "env.json").exists():
-            return {"exit": 2, "message": f"{error.filename}: {error.strerror}"}
+            return {"exit": 2, "message": in_words(error)}
         return _unexpected(error)
     except Damaged as damaged:
         log.info("what was read: %s", damaged, exc_info=True)  # into train.log
@@ -156,6 +162,8 @@ def guarded(go: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
             return _unexpected(error)
         return {"exit": 2, "message": str(error)}
     except Exception as error:
+        if outcome(error)[0] == "oom":
+            return {"exit": 1, "message": f"out of memory ({str(error).splitlines()[0]}); make the model, the batch or the data smaller"}
         return _unexpected(error)
 
 

@@ -147,7 +147,8 @@ def _said(
     if needs:
         return f"{needs[1]}: several values; add -m to run each of them"
     words = " ".join(dict.fromkeys(filter(None, (_first_line(e) for e in chain[:2]))))
-    return ": ".join(filter(None, [_culprit(loader, config_name, overrides), words]))
+    culprit = _culprit(loader, config_name, overrides)
+    return ": ".join(filter(None, [culprit and config.shown(culprit), words]))
 
 
 def _culprit(loader: ConfigLoader, config_name: str, overrides: list[str]) -> str | None:
@@ -165,4 +166,6 @@ def _culprit(loader: ConfigLoader, config_name: str, overrides: list[str]) -> st
 def _first_line(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "nested too deep, or it leads back to itself"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()

@@ -159,7 +159,10 @@ class Assignments:
         return total_E.scatter_add(0, self.expert_TK.reshape(-1), self.weight_TK.reshape(-1))
 
     def limit(self, capacity_factor: float) -> "Assignments":
-        """Keep at most ceil(capacity_factor * T * K / E) rows per expert, first come first served in token order."""
+        """Keep at most ceil(capacity_factor * T * K / E) rows per expert, first come first served in token order.
+
+        Less than a millionth of a row is none: every token is dropped and keeps its residual.
+        """
         T, K = self.expert_TK.shape
         # 1.1 * 100 / 10 is a hair above 11 in floating point, and would grant a twelfth row.
         capacity = math.ceil(capacity_factor * T * K / self.num_experts - 1e-6)

@@ -184,6 +184,7 @@ class Training:
             "status": status,
             "steps": self.run.step,
             "tokens": self.loop.tokens,
+            "valid_tokens": self.parts.data.num_valid,  # 0: validation is off
             "loss": row.get("loss"),
             "ppl": row.get("ppl"),
             "eval": {key.removeprefix("eval/"): v for key, v in self.last_eval.items() if isinstance(v, int | float)},

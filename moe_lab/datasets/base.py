@@ -147,8 +147,7 @@ class Dataset(ABC):
             elif data.num_train >= block:
                 log.warning(
                     "dataset %s: validation is off, a part of the split of %d tokens would be shorter than one "
-                    "block of seq_len+1 = %d; more text, a larger dataset.valid_fraction or a smaller seq_len "
-                    "turns it on", self.name, total, block,
+                    "block of seq_len+1 = %d; more of it or a smaller seq_len turns it on", self.name, total, block,
                 )  # fmt: skip
         self._must_hold(data.num_train, block)
         return data

@@ -19,10 +19,14 @@ class Source:
 def walk(root: Path, keep: Callable[[str], bool]) -> list[str]:
     """Files under `root` as sorted relative paths with "/"; `keep` sees each folder's and file's bare name.
 
-    Only regular files: a pipe or a device would be waited for, or never end.
+    Only regular files: a pipe or a device would be waited for, or never end. OSError for a folder that cannot be read.
     """
+
+    def fail(error: OSError) -> None:
+        raise error
+
     found = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = [name for name in folders if keep(name)]
         base = Path(folder).relative_to(root)
         found += [(base / name).as_posix() for name in names if keep(name) and (Path(folder) / name).is_file()]

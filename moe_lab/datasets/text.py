@@ -138,8 +138,8 @@ def _too_little(paths: list[str], seq_len: int) -> list[str]:
     if most >= seq_len + 1:
         return []
     return [
-        f"dataset.paths: {', '.join(paths)}: at most {most} tokens are fewer than one block of seq_len+1 = {seq_len + 1}: "
-        f"give it more text or set seq_len to at most {max(most - 1, 1)}"
+        f"dataset.paths: {', '.join(paths)}: at most {most} tokens are fewer than one block of "
+        f"seq_len+1 = {seq_len + 1}: give it more text or set seq_len to at most {max(most - 1, 1)}"
     ]
 
 

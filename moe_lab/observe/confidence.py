@@ -21,7 +21,7 @@ declare(
     balanced="any: 1 undecided, 0 decided",
     collapsed="any; near 0 in a collapse that feeds itself",
     reads="1: all experts alike for every token. 0: each token has its one expert. Skewed load and tiny entropy "
-    "together, early, are the start of a collapse.",
+    "together, early, are the start of a collapse. Undefined for one expert.",
 )
 
 

@@ -82,7 +82,8 @@ declare(
     floor="1 / sqrt(T)",
     floor_at=lambda T, E, k: T**-0.5,
     worst="max",
-    reads="Share of the possible imbalance, comparable between numbers of experts. From 1/3 on: collapsed.",
+    reads="Share of the possible imbalance, comparable between numbers of experts. From 1/3 on: collapsed. "
+    "Undefined for k = E.",
 )
 
 
@@ -189,7 +190,8 @@ declare(
     floor="1 - (E/k - 1) / (2 T ln E)",
     floor_at=entropy_floor,
     worst="min",
-    reads="Evenness of the load over all tokens; says nothing of how sure the gate is (that is token_entropy).",
+    reads="Evenness of the load over all tokens; says nothing of how sure the gate is (that is token_entropy). "
+    "Undefined for one expert.",
 )
 declare(
     "effective_experts",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moe_lab import places, presets, reading
+from moe_lab import places, presets
 from moe_lab.cli import complain, in_words, quiet_pipe
 
 log = logging.getLogger(__name__)
@@ -25,9 +25,11 @@ def main(argv: list[str]) -> int:
         train_help.show()
         return 0
     if len(argv) > MOST_WORDS or sum(map(len, argv)) > MOST_CHARACTERS:
-        told = f"{len(argv):,} words and {sum(map(len, argv)):,} characters; at most {MOST_WORDS} and {MOST_CHARACTERS:,}"
-        return complain([f"the command line has {told}: put what is long into a config of your own (--config-dir)"])
+        size = f"{sum(map(len, argv)):,} characters, words: {len(argv):,}; at most {MOST_CHARACTERS:,} and {MOST_WORDS}"
+        return complain([f"the command line is too long ({size}): a config of your own takes more (--config-dir)"])
     from hydra._internal.utils import get_args_parser
+
+    from moe_lab import reading
 
     parser: argparse.ArgumentParser = get_args_parser()
     parser.prog, parser.error = "moe-lab train", _usage
@@ -163,7 +165,8 @@ def guarded(go: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
         return {"exit": 2, "message": str(error)}
     except Exception as error:
         if outcome(error)[0] == "oom":
-            return {"exit": 1, "message": f"out of memory ({str(error).splitlines()[0]}); make the model, the batch or the data smaller"}
+            said = (str(error).splitlines() or ["it says no more"])[0]
+            return {"exit": 1, "message": f"out of memory ({said}); make the model, the batch or the data smaller"}
         return _unexpected(error)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -38,6 +39,7 @@ _ASSIGNED = re.compile(
 )
 
 
+@lru_cache(maxsize=1000)
 def secret_name(name: str) -> bool:
     """Whether a key or a variable of this name holds a secret: `wandb.api_key`, `HF_TOKEN`, not `num_tokens`."""
     return bool(_NAME.search(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()))
@@ -106,8 +108,13 @@ def _hide_assigned(found: re.Match[str]) -> str:
 
 def _held() -> Iterator[tuple[str, str]]:
     """(text, name) of the environment's secrets, the longest first, so that none is left standing by half."""
-    found = {text: name for name, value in os.environ.items() for text in _forms(name, value)}
+    found = {text: name for name, value in os.environ.items() for text in _kept(name, value)}
     yield from sorted(found.items(), key=lambda pair: -len(pair[0]))
+
+
+@lru_cache(maxsize=1000)  # asked for at every text of a config
+def _kept(name: str, value: str) -> tuple[str, ...]:
+    return tuple(_forms(name, value))
 
 
 def _forms(name: str, value: str) -> Iterator[str]:

@@ -72,20 +72,27 @@ def draw(r: random.Random, pool: list[Any], changes: int) -> dict[str, Any]:
             cfg[group] = node
     cfg["experts"] |= {"num": 4, "width": 16}
     for _ in range(changes):
-        group = r.choice([*GROUPS, "root"])
-        node = cfg if group == "root" else cfg[group]
-        if group == "balance":
-            if not node:
-                continue
-            node = r.choice(list(node.values()))
-        name = "train" if group == "root" else node["name"]
-        fields = schema(registered(group)[name]).model_fields
-        keys = sorted(fields.keys() - (KEPT if pool is MODEST else set()))
-        if not keys:
-            continue
-        key = r.choice(keys)
-        node[key] = copy.deepcopy(r.choice([*pool, *literals(fields[key])]))
+        change(r, cfg, pool)
     return cfg
+
+
+def change(r: random.Random, cfg: dict[str, Any], pool: list[Any]) -> None:
+    """One value of one option, now and then a whole option, its name, or a key that there is not."""
+    group, wild = r.choice([*GROUPS, "root"]), pool is WILD
+    if wild and r.random() < 0.05:
+        cfg[group] = copy.deepcopy(r.choice(pool))
+        return
+    node = cfg if group == "root" else cfg[group]
+    if group == "balance" and node and isinstance(node, dict):
+        node = r.choice(list(node.values()))
+    name = "train" if group == "root" else node.get("name") if isinstance(node, dict) else None
+    if not isinstance(name, str) or name not in registered(group):
+        return
+    fields = schema(registered(group)[name]).model_fields
+    keys = [*sorted(fields.keys() - (set() if wild else KEPT)), *(["name", "nope"] if wild and group != "root" else [])]
+    if keys:
+        key = r.choice(keys)
+        node[key] = copy.deepcopy(r.choice([*pool, *(literals(fields[key]) if key in fields else [])]))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -100,7 +107,7 @@ def test_every_problem_is_a_line(seed: int) -> None:
             assert isinstance(line, str) and "\n" not in line and ":" in line and len(line) < 500, (line, cfg)
             assert not any(words in line for words in ("Traceback", "object at 0x", "Error(", "pydantic")), line
         found += bool(problems)
-    assert 20 < found < 60  # neither everything nor nothing is a mistake
+    assert found > 20
 
 
 @pytest.mark.parametrize("seed", range(15))

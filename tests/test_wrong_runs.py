@@ -167,7 +167,7 @@ COMMANDS = {
     "a long number": (["steps=" + "9" * 60_000], "99...: cannot be read"),
     "a number": (["steps=" + "9" * 4000], "99...: must be below 9223372036854775808"),
     "nested lists": (["router.k=" + "[" * 3000 + "]" * 3000], "[[...: cannot be read"),
-    "nested mappings": (["router.k=" + "{a:" * 400 + "1" + "}" * 400], "...: cannot be read"),
+    "nested mappings": (["router.k=" + "{a:" * 3000 + "1" + "}" * 3000], "...: cannot be read"),
     "a deep key": (["+" + ".".join("a" * 3000) + "=1"], "a....: File name too long"),
     "10^12 jobs": (["-m", "seed=range(0,1000000)", "steps=range(1,1000001)"], "has 1,000,000,000,000 jobs; the limit"),
     "10^18 jobs": (["-m", "seed=range(0,1000000000000000000)"], "has 1,000,000,000,000,000,000 jobs; the limit"),

@@ -171,7 +171,8 @@ def _taken(run_dir: str) -> list[str]:
     if problems := places.named("hydra.run.dir", run_dir):
         return problems
     folder = Path(run_dir)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "status.json").exists():
+    begun = (folder / "status.json").exists() or (folder / ".lock").exists()  # or killed between the two
+    if folder.is_dir() and any(folder.iterdir()) and not begun:
         return [f"hydra.run.dir={folder}: is not empty and holds no run; choose a new directory"]
     return places.directory("hydra.run.dir", str(folder))
 

@@ -32,12 +32,18 @@ class LoadedRun:
     @cached_property
     def model(self) -> Transformer:
         """The model with the weights of the newest checkpoint, a torch.nn.Module on the CPU."""
-        found = checkpoint.newest(self.folder / "checkpoints")
-        if found is None:
-            raise ValueError(f"{self.folder}: no checkpoint to load a model from")
         with reading.of_a_run(self.folder):
             model = bare_model(self.config, self.env["vocab_size"], build("objective", self.config["objective"]))
-            model.load_state_dict(found.model)
+
+        def take(found: checkpoint.Checkpoint) -> str | None:
+            try:
+                model.load_state_dict(found.model)
+            except RuntimeError:
+                return "model.safetensors is not of this model"
+            return checkpoint.unsound(found)
+
+        if checkpoint.newest(self.folder / "checkpoints", take) is None:
+            raise ValueError(f"{self.folder}: no checkpoint to load a model from")
         return model
 
     @cached_property

@@ -152,10 +152,11 @@ class Loop:
         ]
 
     def _update(self, step: int) -> None:
-        """Clip and apply the gradients. A step with a non-finite gradient is skipped on the device and remembered."""
+        """Clip and apply the gradients; where these or the loss are not finite, skip it on the device and remember."""
         clip = self.parts.optim.clip
         norm = torch.nn.utils.clip_grad_norm_(self.parts.model.parameters(), math.inf if clip is None else clip)
-        bad = ~torch.isfinite(norm) | (self.sums[-1] > 0)  # once bad, nothing more is applied
+        # The sums of the losses stay bad until the next row, and once bad, nothing more is applied.
+        bad = ~torch.isfinite(norm + self.sums[1]) | (self.sums[-1] > 0)
         self.lr = self.parts.optim.rate(step, self.parts.settings.steps)
         self.optimizer.step(self.lr, bad.float())
         self.optimizer.zero_grad()
@@ -163,7 +164,7 @@ class Loop:
         self.sums[-1] = torch.where((self.sums[-1] == 0) & bad, step + 1, self.sums[-1])
 
     def diverged_at(self) -> int | None:
-        """The first update whose gradients were not finite; waits for the device."""
+        """The first update whose loss or gradient was not finite; waits for the device."""
         return int(self.sums[-1].item()) or None
 
     def row(self, done: int, window: int) -> dict:

@@ -83,6 +83,10 @@ class Run:
             # An attempt that was refused before it began leaves what an earlier one said.
             if self.began or self.attempt == 1:
                 self._status(*outcome(error))
+        except OSError:
+            if error is None:
+                raise
+            log.warning("status.json could not be written")  # what came first is what must be told
         finally:
             self._lock.close()
 
@@ -120,14 +124,23 @@ class Run:
 
     def sync(self) -> tuple[int, str]:
         """Make the rows durable and return the length and the sha256 of metrics.jsonl."""
-        os.fsync(self._metrics.fileno())
+        for file in (self._metrics, self._timing):
+            with durable.naming(file.name):
+                os.fsync(file.fileno())
         content = (self.folder / "metrics.jsonl").read_bytes()
         return len(content), hashlib.sha256(content).hexdigest()
 
+    def lacks(self, size: int, digest: str) -> str | None:
+        """What is wrong with the rows that a checkpoint of that size and sha256 of metrics.jsonl counts on, or None."""
+        if not 0 <= size <= os.fstat(self._metrics.fileno()).st_size:
+            return "rows are missing in metrics.jsonl"
+        with (self.folder / "metrics.jsonl").open("rb") as rows:
+            content = rows.read(size)
+        same = hashlib.sha256(content).hexdigest() == digest
+        return None if same else "its rows in metrics.jsonl are not what they were"
+
     def rewind(self, size: int) -> None:
         """Forget rows beyond a checkpoint: a resumed run writes them again."""
-        if not 0 <= size <= os.fstat(self._metrics.fileno()).st_size:
-            raise Stop(4, f"{self.folder}/metrics.jsonl: shorter than its checkpoint says; rows are missing")
         os.truncate(self._metrics.fileno(), size)
         known = {row["step"] for row in self.rows()}
         kept = [encode(row) for row in lenient_rows(self.folder / "timing.jsonl") if row["step"] in known]
@@ -195,8 +208,9 @@ def moved(folder: Path, env: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
 
 def write_whole(file: io.FileIO, content: bytes) -> None:
     """One write for all of it: a disk that takes a part is full, and a torn row must not be built upon."""
-    if file.write(content) != len(content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+    with durable.naming(file.name):
+        if file.write(content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def encode(row: Mapping[str, Any]) -> bytes:

@@ -2,13 +2,13 @@
 
 import ctypes
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from moe_lab import checkpoint, reading
 from moe_lab.assemble import assemble, prepare
@@ -23,6 +23,7 @@ from moe_lab.secrecy import redacted
 from moe_lab.settings import quick
 from moe_lab.sinks.base import Sink
 from moe_lab.sinks.console import Console
+from moe_lab.state import State
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +72,9 @@ class Training:
         moes, domains = parts.model.moes, len(parts.data.domains)
         recorder = Recorder(moes, vocabulary, domains, parts.settings.seq_len, parts.device)
         self.loop, self.evaluator = Loop(parts, recorder), Evaluator(parts)
+        self.state = State(self.loop, self.evaluator)
         E = moes[0].experts.num if moes else 1
         self.judge = Judge(E, moes[0].router.k if moes else 1, domains, run.cfg)
-        self.last_row = 0
         self.earlier = 0.0  # seconds that earlier attempts took
         self.last_eval: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
@@ -141,11 +142,13 @@ class Training:
         """Everything that is said about the updates since the last row."""
         s = self.parts.settings
         self._stop_if_diverged()
-        row = self.loop.row(done, done - self.last_row) | self.alive
+        row = self.loop.row(done, done - self.state.last_row) | self.alive
         self.alive = {}
         training_time = time.monotonic() - self.clock
         if s.evaluates_at(done):
             row |= self.evaluator(self.parts.schedules.at(done - 1, s.steps))
+            if not math.isfinite(row.get("eval/loss", 0.0)):
+                raise diverged(f"after update {done}, the loss of the evaluation is not finite")
             self.last_eval = {key: value for key, value in row.items() if key.startswith("eval/")}
         verdicts = self.judge.see(row)
         row["moe/verdict"] = verdicts
@@ -157,16 +160,12 @@ class Training:
             log.info("layer %d: %s -> %s at step %d: %s", change.layer, change.old, change.new, done, change.why)
             for sink in self.sinks:
                 sink.verdict(done, change.layer, change.old, change.new, change.why, change.remedies)
-        self.last, self.last_row, self.clocked, self.clock = row, done, done, time.monotonic()
+        self.last, self.state.last_row, self.clocked, self.clock = row, done, done, time.monotonic()
 
     def _stop_if_diverged(self) -> None:
         at = self.loop.diverged_at()
         if at is not None:
-            raise Stop(
-                3,
-                f"diverged: the gradient of update {at} is not finite; that update was not applied. "
-                "Try a smaller optim.lr",
-            )
+            raise diverged(f"the loss or the gradient of update {at} is not finite; that update was not applied")
 
     def _timing(self, done: int, seconds: float) -> dict[str, Any]:
         """Clocks of a row: throughput of training alone, and the time that the rest will take at the pace so far."""
@@ -223,63 +222,50 @@ class Training:
     def _checkpoint(self, done: int) -> None:
         """Everything that the updates after `done` depend on, and how much of metrics.jsonl belongs to it."""
         self._stop_if_diverged()
-        loop = self.loop
-        state = {f"recorder.{name}": t for name, t in loop.recorder.state().items()}
-        state |= {f"evaluator.{name}": t for name, t in self.evaluator.state().items()} | {"sums": loop.sums}
+        saved = self.state.gather(done)
+        if problem := checkpoint.unsound(saved):
+            raise diverged(f"after update {done}, {problem}")
         size, digest = self.run.sync()
-        values = {
-            "tokens": loop.tokens,
-            "last_row": self.last_row,
-            "metrics_bytes": size,
-            "metrics_sha256": digest,
-            "data": self.parts.data.fingerprint,
-        }
-        saved = checkpoint.Checkpoint(
-            done, _copies(self.parts.model.state_dict()), _copies(loop.optimizer.state()), _copies(state), values
-        )
+        rows = {"metrics_bytes": size, "metrics_sha256": digest}
+        saved = replace(saved, values=saved.values | rows)
         path = checkpoint.save_checkpoint(self.run.checkpoints, saved, self.parts.settings.checkpoint.keep)
         log.info("checkpoint %s", path.name)
 
     def _restore(self) -> int:
-        """Load the newest checkpoint of the run's directory and return its step; 0 where there is none."""
+        """Load the newest checkpoint that fits, of the run's directory, and return its step; 0 where there is none."""
         try:
-            found = checkpoint.newest(self.run.checkpoints)
+            found = checkpoint.newest(self.run.checkpoints, self._take)
         except ValueError as error:
             raise Stop(4, str(error)) from None
         if found is None:
             self.run.rewind(0)
             return 0
-        values, loop = found.values, self.loop
-        if values["data"] != self.parts.data.fingerprint:
-            raise Stop(
-                4, "the data changed since this run began (fingerprint differs); a run cannot go on with other data"
-            )
-        try:
-            self.parts.model.load_state_dict(found.model)
-        except RuntimeError:
-            name = f"{self.run.checkpoints.name}/step-{found.step:08d}"
-            raise Stop(4, f"{self.run.folder}: {name} is of another model than config.yaml says") from None
-        loop.optimizer.load_state(found.optimizer)
-        loop.recorder.load_state(_under("recorder.", found.state))
-        self.evaluator.load_state(_under("evaluator.", found.state))
-        loop.sums.copy_(found.state["sums"])
-        loop.tokens, self.last_row = values["tokens"], values["last_row"]
-        self.run.rewind(values["metrics_bytes"])
         self.earlier = self.run.elapsed()
         for row in self.run.rows():
             self.judge.see(row)
             self.last = row
             self.last_eval = {k: v for k, v in row.items() if k.startswith("eval/")} or self.last_eval
+        checkpoint.prune(self.run.checkpoints, found.step, self.parts.settings.checkpoint.keep)
         return found.step
 
+    def _take(self, found: checkpoint.Checkpoint) -> str | None:
+        """Go on from a checkpoint; says why where that cannot be."""
+        values = dict(found.values)
+        if values.get("data") != self.parts.data.fingerprint:
+            raise Stop(
+                4, "the data changed since this run began (fingerprint differs); a run cannot go on with other data"
+            )
+        size, digest = values.pop("metrics_bytes", None), values.pop("metrics_sha256", None)
+        if type(size) is not int or type(digest) is not str:
+            return "state.json is not one of this run"
+        problem = self.run.lacks(size, digest) or self.state.put(replace(found, values=values))
+        if problem is None:
+            self.run.rewind(size)
+        return problem
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU and contiguous, as safetensors wants them."""
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+def diverged(why: str) -> Stop:
+    return Stop(3, f"diverged: {why}. Try a smaller optim.lr")
 
 
 def keep_freed_memory() -> None:

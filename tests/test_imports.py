@@ -51,9 +51,10 @@ MAY: dict[str, set[str]] = {
     "cost": {"loop", "model"},
     "evaluate": {"loop", "observe", "probes", "schedules", "seeding"},
     "assemble": {"config", "settings", "model", "objectives", "seeding", "loop", "datasets"},
+    "state": {"checkpoint", "evaluate", "loop", "reading"},
     "train": {
-        *("run", "checkpoint", "config", "settings", "assemble", "loop", "evaluate", "cost", "observe", "sinks"),
-        *("datasets", "model", "probes", "reading", "secrecy"),
+        *("run", "checkpoint", "state", "config", "settings", "assemble", "loop", "evaluate", "cost", "observe"),
+        *("sinks", "datasets", "model", "probes", "reading", "secrecy"),
     },
     "loading": {"reading", "run", "checkpoint", "assemble", "config", "datasets", "loop", "model"},
     "recorded": {"reading"},

@@ -135,20 +135,6 @@ def test_stop_and_resume_equals_no_stop(overrides: list[str], tmp_path: Path, mo
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
-def test_forgetting_one_piece_of_state_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative control of the test above: without the recorder's sums the rows must differ."""
-    from moe_lab.observe.recorder import Recorder
-
-    run(tmp_path / "whole")
-    stop_after(17, monkeypatch)
-    with pytest.raises(Stop):
-        run(tmp_path / "halves")
-    monkeypatch.undo()
-    monkeypatch.setattr(Recorder, "load_state", lambda self, state: None)
-    run(tmp_path / "halves")
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() != (tmp_path / "halves/metrics.jsonl").read_bytes()
-
-
 def test_micro_batches_add_up(tmp_path: Path) -> None:
     """One update split in four has the same loss, gradient norm and counts, noise included."""
     rows = []

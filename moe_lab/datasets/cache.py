@@ -157,7 +157,8 @@ def open_or_build(cache_dir: Path, name: str, identity: Any, build: Callable[[Pa
         fresh = cache_dir / f"{folder.name}.new-{os.getpid()}"  # with the mode that the umask gives
         fresh.mkdir()
         try:
-            build(fresh)
+            with durable.naming(fresh):
+                build(fresh)
             _replace(fresh, folder)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)

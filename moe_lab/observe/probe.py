@@ -69,8 +69,8 @@ class Probe:
         return {} if self.before_LTK is None else {"choices": self.before_LTK}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        if "choices" in state:
-            self.before_LTK = state["choices"].to(self.moes[0].bias_E.device)
+        choices = state.get("choices")
+        self.before_LTK = None if choices is None else choices.to(self.moes[0].bias_E.device)
 
 
 def mean_activation(moe: MoE, x_TD: Tensor, selected_TK: Tensor) -> Tensor:

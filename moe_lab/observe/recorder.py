@@ -157,6 +157,7 @@ class Recorder:
                 t.copy_(state[f"{part}.{name}"])
         self.window.tokens, self.window.sequences, self.window.updates = state["size"].tolist()
         device = self.window.sums["selected"].device
+        self.before_LE, self.recent = None, []
         if "before" in state:
             self.before_LE = state["before"].to(device)
             counts_RLE = state["recent.counts"].to(device)

@@ -95,10 +95,13 @@ class Window:
         scalars = ("entropy", "logit_norm", "logsumexp", "by_sequence", "flutter", "pairs", "by_update")
         self._scalars = torch.zeros(len(scalars), L, dtype=torch.float64, device=device)
         self.sums |= zip(scalars, self._scalars, strict=True)
-        # pending: counts of an update that is not complete yet. before: shares of the load, all 0 before the first.
+        self._pending_LE = torch.zeros(
+            L, E, dtype=torch.float64, device=device
+        )  # of an update that is not complete yet
+        # before: shares of the load, all 0 before the first update.
         self.running = {
             name: torch.zeros(L, E, *more, dtype=torch.float64, device=device)
-            for name, more in {"pending": (), "before": (), "centroid_count": (), "centroid_sum": (sizes.D,)}.items()
+            for name, more in {"before": (), "centroid_count": (), "centroid_sum": (sizes.D,)}.items()
         }
         self._one_hot_EE = torch.eye(E, device=device)
         self._first_L11 = E * torch.arange(L, device=device)[:, None, None]
@@ -130,7 +133,7 @@ class Window:
         self._values += torch.cat([importance_LE, mass_LE, loss_LE], -1)
         self._scalars[:4] += torch.stack([*scores, self._histograms(view, row_LTK)])
         self._centroids(view, chosen_LTE)
-        self.running["pending"] += selected_LE
+        self._pending_LE += selected_LE
         if view.closes:
             self._close()
 
@@ -187,7 +190,7 @@ class Window:
 
     def _close(self) -> None:
         """End of an update: its load against the one before, and a little less weight for old centroids."""
-        running, pending_LE = self.running, self.running["pending"]
+        running, pending_LE = self.running, self._pending_LE
         load_LE = pending_LE / pending_LE.sum(-1, keepdim=True)
         known_L = running["before"].sum(-1) > 0
         moved_L = (load_LE - running["before"]).abs().sum(-1) / 2 * known_L  # as dynamics.total_variation

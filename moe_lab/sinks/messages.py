@@ -19,6 +19,14 @@ class Formatter(logging.Formatter):
 class LogFile(logging.FileHandler):
     """Appends to a file, but never through a link: what stands in its place might lead out of the run directory."""
 
+    failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # it could not be opened
+            self.handleError(record)
+
     def _open(self) -> Any:
         try:
             return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors, opener=_no_link)
@@ -26,6 +34,12 @@ class LogFile(logging.FileHandler):
             if error.errno != errno.ELOOP:
                 raise
             return open(os.devnull, "w")  # the run itself is refused, see Run
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A log that cannot be written is no reason to stop, nor for a traceback: one line, once."""
+        if not self.failed:
+            self.failed = True
+            print(f"WARNING: {self.baseFilename} is incomplete: {sys.exception()}", file=sys.stderr, flush=True)
 
 
 def _no_link(path: str, flags: int) -> int:

@@ -49,12 +49,13 @@ def main(run: str, overrides: list[str]) -> int:
 
 
 def _lost(folder: Path, cfg: Mapping[str, Any]) -> bool:
-    """Whether there must have been checkpoints and is none. Before its first one a run starts again from step 0."""
+    """Whether there must have been checkpoints and is none. Before its first one a run starts again from step 0:
+    also when it died while it wrote that one, whose row is there already."""
     if any((folder / "checkpoints").glob("step-*/manifest.json")):
         return False
-    rows = lenient_rows(folder / "metrics.jsonl")
-    reached = max([(read_status(folder) or {}).get("step", 0), *(row["step"] for row in rows[-1:])])
-    return reached >= min(cfg["checkpoint"]["every"], cfg["steps"])
+    rows, status = lenient_rows(folder / "metrics.jsonl"), read_status(folder) or {}
+    reached = max([status.get("step", 0), *(row["step"] for row in rows[-1:])])
+    return reached > min(cfg["checkpoint"]["every"], cfg["steps"]) or status.get("status") == "completed"
 
 
 def _apply(overrides: list[str], cfg: dict[str, Any], choices: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -74,7 +75,7 @@ def _apply(overrides: list[str], cfg: dict[str, Any], choices: Mapping[str, str]
                 node = node[part]
             node[key.split(".")[-1]] = value
         elif value != known[key]:
-            refused.append(f"{key}={value}: this run has {key}={known[key]}")
+            refused.append(f"{key}={config.shown(value)}: this run has {key}={config.shown(known[key])}")
     return changed, refused
 
 

@@ -40,7 +40,8 @@ def _as_it_was() -> Iterator[None]:
         for handler in root.handlers:
             if handler not in handlers:
                 handler.close()
-        sys.argv, root.handlers[:], root.level = argv, handlers, level
+        sys.argv, root.handlers[:] = argv, handlers
+        root.setLevel(level)  # loggers remember what the root's level allowed; this makes them ask again
         signal.signal(signal.SIGPIPE, pipe)
 
 

@@ -27,8 +27,8 @@ class State:
         state = {f"recorder.{name}": t for name, t in loop.recorder.state().items()}
         state |= {f"evaluator.{name}": t for name, t in self.evaluator.state().items()} | {"sums": loop.sums}
         values = {"tokens": loop.tokens, "last_row": self.last_row, "data": parts.data.fingerprint}
-        held = (parts.model.state_dict(), loop.optimizer.state(), state)
-        return Checkpoint(step, *map(_copies, held), values)
+        model, optimizer = parts.model.state_dict(), loop.optimizer.state()
+        return Checkpoint(step, _copies(model), _copies(optimizer), _copies(state), values)
 
     def put(self, found: Checkpoint) -> str | None:
         """Put a checkpoint's state in the place of this one; says why where it is not one of this run.

@@ -80,6 +80,7 @@ class Training:
         self.last: dict[str, Any] = {}
         self.alive: dict[str, Any] = {}
         self.sinks: list[Sink] = []
+        self.destinations: list[str] = []  # shared with the console, which ends with it
 
     def go(self) -> dict[str, Any]:
         """Train to the end, or raise Stop; the sinks are closed either way."""
@@ -109,9 +110,20 @@ class Training:
                 raise
             log.warning("summary.json could not be written")
         finally:
-            for sink in reversed(self.sinks):
-                sink.close(status, summary)
+            self._close_sinks(status, summary, hurry=isinstance(error, KeyboardInterrupt))
         return summary
+
+    def _close_sinks(self, status: str, summary: dict[str, Any], hurry: bool) -> None:
+        """The mirrors first: the last words, those of the console, tell what became of them."""
+        try:
+            for sink in self.sinks[:-1]:
+                sink.close(status, summary)
+                if not hurry:
+                    sink.wait()
+        finally:
+            self.destinations[:] = self._described()
+            for sink in self.sinks[-1:]:
+                sink.close(status, summary)
 
     def _steps(self) -> None:
         s, start = self.parts.settings, self.began_at
@@ -215,9 +227,13 @@ class Training:
         for sink in mirrors:
             sink.open(self.run.folder, cfg, told)
             self.sinks.append(sink)
+        self.destinations[:] = self._described()
         console = Console()
-        console.open(self.run.folder, cfg, told | {"destinations": [d for sink in mirrors if (d := sink.describe())]})
+        console.open(self.run.folder, cfg, told | {"destinations": self.destinations})
         self.sinks.append(console)
+
+    def _described(self) -> list[str]:
+        return [line for sink in self.sinks if (line := sink.describe())]
 
     def _checkpoint(self, done: int) -> None:
         """Everything that the updates after `done` depend on, and how much of metrics.jsonl belongs to it."""

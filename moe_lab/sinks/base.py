@@ -14,7 +14,8 @@ class Sink:
     """Gets the rows of one run, in order. Every method may be left out.
 
     facts (all that is known before the first step): layers, experts, k, steps, params, tags, router, dataset,
-    resumed_from (step or None), git; and destinations, the `describe()` of the sinks opened before this one.
+    resumed_from (step or None), git; and destinations, the `describe()` of the sinks opened before this one, brought
+    up to date before `close`.
     """
 
     failed = False
@@ -30,6 +31,9 @@ class Sink:
 
     def close(self, status: str, summary: dict[str, Any]) -> None:
         """Called once, also when the run failed: status is that of status.json, summary that of summary.json."""
+
+    def wait(self) -> None:
+        """Called after `close`, unless the user is in a hurry: time for what goes on elsewhere."""
 
     def describe(self) -> str:
         """One line that says where the data goes; empty if there is nothing to say."""

@@ -1,14 +1,10 @@
 """What W&B gets is what metrics.jsonl holds, and nothing that goes wrong with W&B reaches the training."""
 
 import json
-import logging
 import os
-import socket
+import shutil
 import subprocess
 import sys
-import textwrap
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +12,15 @@ import numpy as np
 import pytest
 from made_rows import made_facts, made_rows, made_summary
 from PIL import Image
+from tiny import TINY, tiny
 from wandb_reader import Recorded, read
+from wandb_server import Server
 
-from moe_lab.sinks import wandb as mirror
+from moe_lab.sinks import mirror
 from moe_lab.sinks.account import has_key
 from moe_lab.sinks.heatmap import ANCHORS, DEAD, heatmap
 from moe_lab.sinks.wandb import Wandb, resolve_mode, scalars
+from moe_lab.train import train
 
 KEY = "a" * 40  # the right shape, known to nobody
 CFG = {"router": {"name": "topk", "k": 1}, "balance": {"switch": {"name": "switch", "weight": 0.01}}, "seed": 3}
@@ -45,21 +44,14 @@ def play(run_dir: Path, rows: list, *, status: str = "completed", **options: Any
     for row, timing in rows:
         sink.row(row, timing)
     sink.close(status, made_summary(layers, status))
+    sink.wait()
     return sink
 
 
 def recorded(run_dir: Path) -> Recorded:
+    """What lies where `wandb sync` is said to find it."""
     (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    return finished(path)
-
-
-def finished(path: Path) -> Recorded:
-    """`finish` comes back some milliseconds before its last records are in the file."""
-    for _ in range(200):
-        if (run := read(path)).exit_code is not None:
-            return run
-        time.sleep(0.02)
-    raise AssertionError(f"{path} has no end")
+    return read(path)
 
 
 def test_rows_arrive_as_they_were_and_runs_of_one_process_stay_apart(tmp_path: Path):
@@ -74,6 +66,8 @@ def test_rows_arrive_as_they_were_and_runs_of_one_process_stay_apart(tmp_path: P
                 sink.row(*rows[i])
     for sink, status in zip(opened, ("completed", "diverged", "preempted"), strict=True):
         sink.close(status, made_summary(2, status))
+    for sink in opened:
+        sink.wait()
 
     found = {name: recorded(tmp_path / name) for name in fed}
     assert len({run.id for run in found.values()}) == 3
@@ -137,7 +131,7 @@ def test_resume_goes_on_under_the_same_id(tmp_path: Path):
     rows = made_rows(steps=6)
     play(tmp_path / "run", rows[:3], status="preempted")
     play(tmp_path / "run", rows[3:])
-    found = [finished(path) for path in (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")]
+    found = [read(path) for path in (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")]
     assert len(found) == 2 and found[0].id == found[1].id
     assert sorted(h["_step"] for run in found for h in run.history) == [1, 2, 3, 4, 5, 6]
 
@@ -203,94 +197,148 @@ def test_disabled_writes_nothing(tmp_path: Path):
     assert sink.describe() == "W&B: disabled" and list((tmp_path / "run").iterdir()) == []
 
 
-def test_without_wandb_installed_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    sink = play(tmp_path / "run", made_rows())
-    assert "not usable here" in sink.describe() and list((tmp_path / "run").iterdir()) == []
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The metrics of the run that the tests below make, without a logger."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train(tiny(), folder, [], {})
+    return (folder / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("method", ["log", "finish"])
-def test_an_exception_inside_wandb_is_said_once(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    import wandb
+class Real:
+    """`moe-lab train` with W&B, in a process of its own, watched by tests/watched_run.py."""
 
-    def broken(*args: Any, **kwargs: Any) -> None:
-        raise ConnectionResetError("the service\nis gone")
+    def __init__(self, tmp_path: Path, *overrides: str, env: dict[str, str] | None = None, **given: Any):
+        self.folder, report = tmp_path / "run", tmp_path / "report.json"
+        watched = [sys.executable, str(Path(__file__).parent / "watched_run.py"), str(report), json.dumps(given)]
+        words = [*TINY, "logger=[wandb]", f"hydra.run.dir={self.folder}", f"hydra.sweep.dir={self.folder}", *overrides]
+        paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        told = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), **(env or {})}
+        done = subprocess.run(
+            [*watched, "train", *words], env={**os.environ, **told}, capture_output=True, text=True, timeout=120
+        )
+        self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
+        self.spent = json.loads(report.read_text())
 
-    original = getattr(wandb.Run, method)
-    monkeypatch.setattr(wandb.Run, method, broken)
-    with caplog.at_level(logging.WARNING, logger="moe_lab"):
-        sink = Wandb()
-        sink.open(tmp_path, CFG, made_facts())
-        run = sink.run
-        for row, timing in made_rows():
-            sink.row(row, timing)
-        sink.close("completed", made_summary())
-    if method == "finish":
-        original(run)
-    assert [r.getMessage() for r in caplog.records if r.name.startswith("moe_lab")] == [
-        "Wandb is switched off, the run goes on: ConnectionResetError: the service is gone"
-    ]
+    def is_untouched(self, alone: bytes) -> bool:
+        """The same metrics, exit code 0, at least 95 % as fast, and not long after its last step it was over."""
+        assert self.code == 0, self.err
+        assert (self.folder / "metrics.jsonl").read_bytes() == alone
+        assert self.spent["mirror"] <= 0.05 * self.spent["training"], self.spent
+        assert self.spent["end"] < 10.0, self.spent
+        return True
 
+    def warning(self) -> str:
+        """The one line that went to stderr."""
+        (line,) = self.err.splitlines()
+        assert line.startswith("WARNING: W&B: ") and "metrics.jsonl has every row" in line, line
+        return line
 
-class Listener:
-    """A server that takes connections, counts them and never answers."""
-
-    def __enter__(self) -> "Listener":
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.taken: list[socket.socket] = []
-        threading.Thread(target=self._serve, daemon=True).start()
-        return self
-
-    def _serve(self) -> None:
-        try:
-            while True:
-                self.taken.append(self.socket.accept()[0])
-        except OSError:
-            return  # closed below
-
-    def __exit__(self, *error: object) -> None:
-        self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
-        for taken in self.taken:
-            taken.close()
+    def sync(self, kind: str) -> str:
+        return f"wandb sync {self.folder}/wandb/{kind}-*"
 
 
-PROGRAM = """
-    import sys
-    from pathlib import Path
-    from made_rows import made_facts, made_rows, made_summary
-    from moe_lab.sinks import wandb as mirror
-    mirror.INIT_TIMEOUT = 2.0
-    sink = mirror.Wandb(mode=sys.argv[2])
-    sink.open(Path(sys.argv[1]), {"seed": 1}, made_facts())
-    for row, timing in made_rows():
-        sink.row(row, timing)
-    sink.close("completed", made_summary())
-    print(sink.describe())
-"""
+def online(url: str) -> dict[str, str]:
+    return {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY}
 
 
-@pytest.mark.parametrize("mode", ["offline", "online"])
-def test_offline_connects_to_nobody_and_a_dead_server_means_offline(mode: str, tmp_path: Path):
+@pytest.mark.parametrize("behaviour", ["refuses", "silent", "500", "slow"])
+def test_a_server_that_is_not_there_means_offline(behaviour: str, alone: bytes, tmp_path: Path) -> None:
+    with Server(behaviour) as server:
+        if behaviour == "refuses":
+            server.http.socket.close()
+        run = Real(tmp_path, "wandb.mode=online", env=online(server.url), limit=1.0)
+    assert run.is_untouched(alone)
+    assert "going online failed" in run.warning() and run.sync("offline-run") in run.warning()
+    assert run.out.startswith("W&B: online, project moe-lab\n")
+    assert f"W&B: offline, since going online failed; to upload later: {run.sync('offline-run')}" in run.out
+    record = recorded(run.folder)
+    assert len(record.history) == len(alone.splitlines()) and record.exit_code == 0
+    assert record.id == (run.folder / "wandb_run_id.txt").read_text()
+
+
+@pytest.mark.parametrize("behaviour", ["500", "slow"])
+def test_a_server_that_fails_on_the_way_leaves_a_whole_record(behaviour: str, alone: bytes, tmp_path: Path) -> None:
+    with Server(behaviour, well_for=2) as server:
+        run = Real(tmp_path, "wandb.mode=online", env=online(server.url), limit=2.0)
+    assert run.is_untouched(alone)
+    assert "did not take the rest of the run within 2 s" in run.warning() and run.sync("run") in run.warning()
+    (path,) = run.folder.glob("wandb/run-*/*.wandb")
+    assert len(read(path).history) == len(alone.splitlines())
+
+
+def test_a_server_that_is_well_gets_everything(alone: bytes, tmp_path: Path) -> None:
+    with Server("well") as server:
+        run = Real(tmp_path, "wandb.mode=online", env=online(server.url))
+    assert run.is_untouched(alone) and run.err == ""
+    assert [row["_step"] for row in server.history] == [json.loads(line)["step"] for line in alone.splitlines()]
+    assert f"W&B: online at {server.url}/me/moe-lab/runs/" in run.out
+
+
+def test_offline_connects_to_nobody(alone: bytes, tmp_path: Path) -> None:
     """wandb-core, wandb's helper process, is reached by a unix socket (on Windows by loopback): that is no network."""
-    with Listener() as server:
-        env = {
-            **os.environ,
-            "WANDB_BASE_URL": server.url,
-            "WANDB_API_KEY": KEY,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path), mode]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
-        connections = len(server.taken)
-    assert "wandb sync" in done.stdout
-    assert len(recorded(tmp_path).history) == 6
-    assert (connections == 0) == (mode == "offline"), done.stderr
-    if mode == "online":
-        assert f"wandb sync --id {(tmp_path / 'wandb_run_id.txt').read_text()}" in done.stdout
+    with Server("well") as server:
+        run = Real(tmp_path, "wandb.mode=offline", env=online(server.url))
+    assert run.is_untouched(alone) and run.err == "" and server.connections == 0
+    assert run.out.startswith(f"W&B: offline; to upload later: {run.sync('offline-run')}\n")
+    assert recorded(run.folder).exit_code == 0
+
+
+@pytest.mark.parametrize("harm, said", [("kill", "ConnectionResetError"), ("stop", "did not end within 3 s")])
+def test_a_service_that_dies_on_the_way(harm: str, said: str, alone: bytes, tmp_path: Path) -> None:
+    run = Real(tmp_path, harm=harm, deadline=3.0)
+    assert run.is_untouched(alone)
+    assert said in run.warning() and run.sync("offline-run") in run.warning()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_full_disk_is_noticed_although_wandb_says_nothing(alone: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / "run/wandb"
+    if not _may_mount(tmp_path):
+        pytest.skip("this container may not mount a small disk")
+    try:
+        run = Real(tmp_path, harm="fill", disk="200k")
+        assert shutil.disk_usage(folder).free == 0
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+    assert run.is_untouched(alone)
+    assert "No space left on device" in run.warning()
+
+
+def _may_mount(tmp_path: Path) -> bool:
+    (trial := tmp_path / "trial").mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(trial)]
+    mounted = subprocess.run(words, capture_output=True, check=False).returncode == 0
+    return mounted and subprocess.run(["umount", trial], check=True).returncode == 0
+
+
+def test_a_broken_wandb_is_a_warning(alone: bytes, tmp_path: Path) -> None:
+    (tmp_path / "wandb.py").write_text("raise ImportError('libssl is\\nmissing')\n")
+    run = Real(tmp_path, env={"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"})
+    assert run.is_untouched(alone)
+    assert "ImportError: libssl is missing; metrics.jsonl has every row" in run.warning()
+    assert not run.warning().endswith("-*")  # there is nothing to upload
+
+
+def test_without_wandb_the_run_goes_on(alone: bytes, tmp_path: Path) -> None:
+    run = Real(tmp_path, without_wandb=True)
+    assert run.is_untouched(alone)
+    assert "wandb is not installed here" in run.warning() and run.out.startswith("W&B: switched off\n")
+    assert not (run.folder / "wandb").exists()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_stuck_service(tmp_path: Path) -> None:
+    run = Real(tmp_path, harm="stop and Ctrl-C twice")
+    assert run.code == 130 and run.spent["end"] < mirror.DEADLINE / 2
+
+
+def test_a_dead_service_is_not_the_next_runs(alone: bytes, tmp_path: Path) -> None:
+    """Two runs of one process; the service of the first is killed."""
+    run = Real(tmp_path, "-m", "seed=0,1", harm="kill")
+    assert run.code == 0 and "ConnectionResetError" in run.warning()
+    first, second = sorted((p.parent for p in run.folder.glob("*/metrics.jsonl")), key=lambda p: p.stat().st_mtime)
+    assert (first / "metrics.jsonl").read_bytes() == alone
+    assert len(recorded(second).history) == len(alone.splitlines()) and recorded(second).exit_code == 0
 
 
 def test_yaml_and_signature_say_the_same():
@@ -301,5 +349,5 @@ def test_yaml_and_signature_say_the_same():
     path = Path(__file__).parents[1] / "conf/logger/wandb.yaml"
     assert path.read_text().startswith("# @package wandb\n# ")
     node = json.loads(json.dumps(OmegaConf.to_container(OmegaConf.load(path))))
-    defaults = {p.name: p.default for p in inspect.signature(mirror.Wandb).parameters.values()}
+    defaults = {p.name: p.default for p in inspect.signature(Wandb).parameters.values()}
     assert node == {"name": "wandb", **defaults}

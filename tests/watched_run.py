@@ -75,7 +75,7 @@ HARM = {"kill": kill, "stop": stop, "fill": fill, "stop and Ctrl-C twice": stop_
 
 def watch(harm: str | None, at: int) -> None:
     """Time the run; do harm once, however many runs there are."""
-    steps, end, row = train.Training._steps, train.Training._end, sink.Wandb.row
+    steps, end, told = train.Training._steps, train.Training._end, sink.Wandb.row
 
     def timed_steps(self: train.Training) -> None:
         with counted("training"):
@@ -85,14 +85,14 @@ def watch(harm: str | None, at: int) -> None:
         with counted("end"):
             return end(self, error)
 
-    def timed_row(self: sink.Wandb, values: dict[str, Any], timing: dict[str, Any]) -> None:
+    def timed_row(self: sink.Wandb, row: dict[str, Any], timing: dict[str, Any]) -> None:
         nonlocal harm
-        if harm and values["step"] == at:
+        if harm and row["step"] == at:
             asked, harm = harm, None
             with counted("training", -1):
                 HARM[asked](self)
         waits, began, used = _waits(), time.monotonic(), time.thread_time()
-        row(self, values, timing)
+        told(self, row, timing)
         waited = _waits() > waits
         spent["mirror"] += time.monotonic() - began if waited else time.thread_time() - used
 
@@ -108,10 +108,10 @@ def on_a_disk_of_its_own(size: str) -> None:
     """wandb's folder on a small disk, which the caller unmounts."""
     opened = sink.Wandb.open
 
-    def open_(self: sink.Wandb, run_dir: Path, *rest: Any) -> None:
+    def open_(self: sink.Wandb, run_dir: Path, cfg: dict[str, Any], facts: dict[str, Any]) -> None:
         (run_dir / "wandb").mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", run_dir / "wandb"], check=True)
-        opened(self, run_dir, *rest)
+        opened(self, run_dir, cfg, facts)
 
     sink.Wandb.open = open_
 
@@ -123,7 +123,7 @@ def main() -> int:
     mirror.DEADLINE = given.get("deadline", mirror.DEADLINE)
     if given.get("disk"):
         on_a_disk_of_its_own(given["disk"])
-    if given.get("without wandb"):
+    if given.get("without_wandb"):
         sys.modules["wandb"] = None  # pyright: ignore[reportArgumentType]
     watch(given.get("harm"), 20)
     try:

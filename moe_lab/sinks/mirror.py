@@ -171,4 +171,3 @@ def serve(player: Callable[[Callable[[str, str], None]], Any]) -> None:
 def _die_soon() -> None:
     """Whoever waited for this process has gone by then."""
     signal.alarm(int(DEADLINE) + 1)
-

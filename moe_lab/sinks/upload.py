@@ -1,4 +1,4 @@
-"""The process that speaks to W&B: every call into wandb is here. Run by sinks/mirror.py as `python -m`, told by JSON."""
+"""The process that speaks to W&B: every call into wandb is here. Started and told what to do by sinks/mirror.py."""
 
 import contextlib
 import errno
@@ -70,7 +70,9 @@ def _init(mode: Literal["online", "offline"], run: dict[str, Any], settings: dic
 
     wandb.setup(wandb.Settings(silent=True))
     settings = settings | {"x_disable_stats": mode == "offline"}
-    known = {key: value for key, value in settings.items() if key in wandb.Settings.model_fields}  # x_ names come and go
+    known = {
+        key: value for key, value in settings.items() if key in wandb.Settings.model_fields
+    }  # x_ names come and go
     started = wandb.init(mode=mode, resume="allow", settings=wandb.Settings(**known), **run)
     started.define_metric("tokens", hidden=True)
     started.define_metric("*", step_metric="tokens")

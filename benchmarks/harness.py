@@ -81,10 +81,10 @@ def interleave(
                 calls[name]()
             if round_ >= 0:
                 seconds[name].append((clock() - begin) / repeats)
-    return [_timing(name, seconds[name], seconds[reference]) for name in names]
+    return [timing(name, seconds[name], seconds[reference]) for name in names]
 
 
-def _timing(name: str, seconds: Sequence[float], reference: Sequence[float]) -> Timing:
+def timing(name: str, seconds: Sequence[float], reference: Sequence[float]) -> Timing:
     ratios = sorted(a / b for a, b in zip(seconds, reference, strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Timing(name, statistics.median(seconds), middle, low, high)

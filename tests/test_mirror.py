@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -120,3 +122,38 @@ def test_when_the_run_is_killed_the_mirror_saves_what_it_has(tmp_path: Path) -> 
             break
         time.sleep(0.02)
     assert written(tmp_path / "n") in (["open", 1, "let go"], ["open", "let go"])  # the last line may be in the queue
+
+
+def test_whoever_is_in_a_hurry_leaves_a_stuck_mirror_behind(tmp_path: Path) -> None:
+    program = f"""
+        import os, signal, sys
+        from player import Notes
+        sink = Notes()
+        sink.start()
+        sink.child.send_signal(signal.SIGSTOP)
+        sink.send("open", {str(tmp_path / "n")!r})
+        for i in range(20):
+            sink.send("row", "x" * 30_000)  # more than a pipe holds: the thread that feeds it is stuck
+        sink.end("close", "")
+        print(sink.child.pid)
+        sys.exit(7)
+    """
+    path = ":".join(filter(None, sys.path))
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, env={"PYTHONPATH": path}, capture_output=True, text=True, timeout=60)
+    os.kill(int(done.stdout), signal.SIGKILL)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_a_signal_for_every_process_of_a_job_does_not_end_the_mirror(
+    notes: Notes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    notes.send("open", str(tmp_path / "n"))
+    while not (tmp_path / "n").exists():
+        time.sleep(0.01)
+    assert notes.child is not None
+    notes.child.terminate()
+    notes.send("row", 1)
+    notes.end("close", "")
+    notes.wait()
+    assert written(tmp_path / "n") == ["open", 1, "close"] and not warnings(caplog)

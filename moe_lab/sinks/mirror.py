@@ -141,6 +141,8 @@ def serve(player: Callable[[Callable[[str, str], None]], Any]) -> None:
 
     A run whose process dies sends no `close`. `let_go` then saves what can be saved, as after an error.
     """
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a scheduler tells every process of a job
+        signal.signal(stop, signal.SIG_IGN)
     calls, reports = os.fdopen(os.dup(0), "rb"), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):  # nobody else, and no process that is started from here, reads or writes there

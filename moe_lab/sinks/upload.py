@@ -70,10 +70,9 @@ def _init(mode: Literal["online", "offline"], run: dict[str, Any], settings: dic
 
     wandb.setup(wandb.Settings(silent=True))
     settings = settings | {"x_disable_stats": mode == "offline"}
-    known = {
-        key: value for key, value in settings.items() if key in wandb.Settings.model_fields
-    }  # x_ names come and go
-    started = wandb.init(mode=mode, resume="allow", settings=wandb.Settings(**known), **run)
+    known = wandb.Settings.model_fields  # names with x_ come and go
+    settings = {key: value for key, value in settings.items() if key in known}
+    started = wandb.init(mode=mode, resume="allow", settings=wandb.Settings(**settings), **run)
     started.define_metric("tokens", hidden=True)
     started.define_metric("*", step_metric="tokens")
     started.define_metric("eval/loss", step_metric="tokens", summary="min,last")

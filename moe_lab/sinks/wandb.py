@@ -82,7 +82,6 @@ class Wandb(Mirror):
         if mode == "online" and not has_key():
             self.note = "offline, since no key is configured (`wandb login`)"
             mode = "offline"
-        self.start()
         told = {key: facts.get(key) for key in ("git", "params", "layers", "resumed_from")}
         run = {
             "project": self.project,
@@ -95,6 +94,7 @@ class Wandb(Mirror):
             "id": _run_id(run_dir),
             "dir": str(run_dir),
         }
+        self.start()
         self.send("open", mode, run, _settings())
 
     @guarded

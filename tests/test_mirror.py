@@ -89,6 +89,23 @@ def test_a_full_queue_loses_rows_and_counts_them(
     assert warnings(caplog) == [f"notes: it was too slow for {notes.lost} rows; metrics.jsonl has every row"]
 
 
+def test_what_follows_from_a_failure_is_no_second_warning(
+    notes: Notes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "QUEUE", 5)
+    monkeypatch.setattr(mirror, "DEADLINE", 0.5)
+    assert notes.child is not None
+    notes.child.send_signal(signal.SIGSTOP)
+    for _ in range(50):
+        notes.send("row", "x" * 30_000)
+    notes.end("close", "")
+    with caplog.at_level(logging.INFO):
+        notes.wait()
+    (said,) = warnings(caplog)
+    assert "did not end within 0.5 s" in said
+    assert f"too slow for {notes.lost} rows" in caplog.text and notes.lost > 30
+
+
 def test_no_process_to_be_had_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

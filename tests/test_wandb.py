@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from wandb_server import Server
 from moe_lab.sinks import mirror
 from moe_lab.sinks.account import has_key
 from moe_lab.sinks.heatmap import ANCHORS, DEAD, heatmap
+from moe_lab.sinks.upload import Upload
 from moe_lab.sinks.wandb import Wandb, resolve_mode, scalars
 from moe_lab.train import train
 
@@ -296,7 +298,7 @@ def test_a_service_that_dies_on_the_way(harm: str, said: str, alone: bytes, tmp_
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount a small disk")
-def test_a_full_disk_is_noticed_although_wandb_says_nothing(alone: bytes, tmp_path: Path) -> None:
+def test_a_full_disk_under_wandb_alone(alone: bytes, tmp_path: Path) -> None:
     folder = tmp_path / "run/wandb"
     if not _may_mount(tmp_path):
         pytest.skip("this container may not mount a small disk")
@@ -307,6 +309,18 @@ def test_a_full_disk_is_noticed_although_wandb_says_nothing(alone: bytes, tmp_pa
         subprocess.run(["umount", "--lazy", folder], check=True)
     assert run.is_untouched(alone)
     assert "No space left on device" in run.warning()
+
+
+@pytest.mark.parametrize("call", ["row", "close"])
+def test_the_disk_is_watched_since_wandb_may_say_nothing(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wandb complains about a picture or a log file that it cannot write, but not about its record of the run."""
+    upload, nothing = Upload(print), types.SimpleNamespace(free=0)
+    upload.run = types.SimpleNamespace(dir=str(tmp_path / "files"), summary={}, tags=(), finish=lambda exit_code: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: nothing)
+    with pytest.raises(OSError, match="No space left"):
+        getattr(upload, call)(*{"row": (1, {}, [], {}), "close": ({}, [], 0)}[call])
 
 
 def _may_mount(tmp_path: Path) -> bool:

@@ -40,7 +40,8 @@ def counted(what: str, sign: int = 1) -> Iterator[None]:
 def core_of(wandb: sink.Wandb) -> int:
     """The process id of wandb-core, once the mirror has opened its run."""
     assert wandb.child is not None
-    while not list(wandb.run_dir.glob("wandb/*run-*/*.wandb")):
+    diary = wandb.run_dir / "wandb/debug.log"
+    while not diary.exists() or "run started, returning control" not in diary.read_text():
         time.sleep(0.02)
     found = subprocess.run(["pgrep", "-P", str(wandb.child.pid)], capture_output=True, text=True, check=True)
     return int(found.stdout)

@@ -286,7 +286,8 @@ def test_offline_connects_to_nobody(alone: bytes, tmp_path: Path) -> None:
     assert first == f"W&B: offline; to upload later: {run.sync('offline-run')}"
     with Server("well") as server:  # and the command that the first line gives is right
         words = f"{sys.executable} -m {first.partition('later: ')[2]}"
-        subprocess.run(words, shell=True, env={**os.environ, **online(server.url)}, check=True, capture_output=True)
+        env = {**os.environ, **online(server.url)}
+        subprocess.run(words, shell=True, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=60)
         assert [row["_step"] for row in server.history] == [json.loads(line)["step"] for line in alone.splitlines()]
 
 

@@ -2,8 +2,7 @@
 
 Waiting is the question, so: wall seconds of the loop; its CPU seconds; and, where the system tells (Linux), what it
 worked and waited, wall seconds without those in which it was ready to run and another program had the processor. A run
-of the default model with a row every step; its limits at the end are cut short, for the end is not timed here (the tests
-hold it).
+of the default model with a row every step; its limits at the end are cut short, for the end is not timed here.
 """
 
 import contextlib

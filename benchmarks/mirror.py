@@ -26,8 +26,8 @@ from moe_lab import train
 from moe_lab.sinks import mirror
 from moe_lab.sinks import wandb as sink
 
-ROUNDS, STEPS = 7, 16
-RUN = [f"steps={STEPS}", "log_every=1", "eval_every=8", "eval_tokens=2048", "checkpoint.every=1000", "device=cpu"]
+ROUNDS, STEPS = 7, 32
+RUN = [f"steps={STEPS}", "log_every=1", "eval_every=16", "eval_tokens=2048", "checkpoint.every=1000", "device=cpu"]
 ALONE = "logger=[]"
 TARGET = 1 / 0.95
 SHORT = ["train", "fast=true", "device=cpu"]

@@ -231,17 +231,17 @@ def test_centroids_forget():
 
 
 def test_centroids_sample_large_batches_and_come_round_to_every_token():
-    """64 tokens per expert of 256: a quarter of the batch, and another one at each update."""
+    """256 tokens per expert of 1024: a quarter of the batch, and another one at each update."""
     r = recorder()
     assert r.window is not None
-    v = view(choices(256 * E))
-    x_TD = torch.eye(D)[torch.arange(256 * E) % 4]  # the quarter that a token is in
+    v = view(choices(1024 * E))
+    x_TD = torch.eye(D)[torch.arange(1024 * E) % 4]  # the quarter that a token is in
     for update in range(4):
         r.see(View(v.routings, (x_TD,) * L, v.ids_T, v.domain_T, S, v.loss_T))
         seen_LD = r.window.running["centroid_sum"].sum(1) > 0
         assert seen_LD.tolist() == [[quarter <= update for quarter in range(D)]] * L
         assert r.window.running["centroid_count"][0].sum() == pytest.approx(
-            64 * E * sum(MEMORY ** (i + 1) for i in range(update + 1))
+            256 * E * sum(MEMORY ** (i + 1) for i in range(update + 1))
         )
 
 

@@ -202,7 +202,7 @@ def test_a_loss_that_is_not_finite_is_exit_code_3(here: Path, monkeypatch: pytes
     monkeypatch.setattr(Loop, "step", poisoned)
     ran = run(code=3)
     assert ran.said == (
-        "moe-lab: diverged: the gradient of update 2 is not finite; that update was not applied. "
+        "moe-lab: diverged: the loss or the gradient of update 2 is not finite; that update was not applied. "
         "Try a smaller optim.lr\n"
     )
     assert ran.summary["status"] == "diverged" and [row["step"] for row in ran.rows] == [1]

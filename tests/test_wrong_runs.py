@@ -58,7 +58,7 @@ def bomb(run: Path) -> None:
 
 FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle": (pickled, "every checkpoint is damaged"),
-    "another model": (of_another_model, "is of another model than config.yaml says"),
+    "another model": (of_another_model, "every checkpoint is damaged (the newest: "),
     "a bomb": (bomb, "config.yaml or env.json is damaged; see moe-lab verify"),
     "half a config": (lambda run: (run / "config.yaml").write_text("a: ["), "config.yaml or env.json is damaged"),
     "no choices": (lambda run: (run / "env.json").write_text("{}"), "config.yaml or env.json is damaged"),

@@ -50,6 +50,7 @@ def of_another_model(run: Path) -> None:
     unfinished(run)
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(run.parents[1] / "wider/checkpoints", run / "checkpoints")
+    shutil.copy(run.parents[1] / "wider/metrics.jsonl", run)
 
 
 def bomb(run: Path) -> None:
@@ -58,7 +59,7 @@ def bomb(run: Path) -> None:
 
 FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle": (pickled, "every checkpoint is damaged"),
-    "another model": (of_another_model, "every checkpoint is damaged (the newest: "),
+    "another model": (of_another_model, "every checkpoint is damaged (the newest: does not fit this run"),
     "a bomb": (bomb, "config.yaml or env.json is damaged; see moe-lab verify"),
     "half a config": (lambda run: (run / "config.yaml").write_text("a: ["), "config.yaml or env.json is damaged"),
     "no choices": (lambda run: (run / "env.json").write_text("{}"), "config.yaml or env.json is damaged"),

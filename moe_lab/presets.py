@@ -63,6 +63,12 @@ def clashes(own: Path) -> list[str]:
     return [f"{path}: moe-lab has a {path.relative_to(own)} of its own; give yours another name" for path in taken]
 
 
+def choosable(own: Path) -> list[Path]:
+    """The files of `own` that can be chosen: beside its groups and below them. The folder may be a whole project."""
+    groups = [*defaults(conf_dir() / "train.yaml"), "hydra"]
+    return sorted({*own.glob("*.yaml"), *(path for group in groups for path in (own / group).rglob("*.yaml"))})
+
+
 def read(path: Path, prefix: str = "") -> Preset:
     """A preset from its file; `prefix` is put before its keys unless its `# @package` line names another."""
     preset = Preset(path.stem)

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -117,11 +117,11 @@ def must_be_regular(path: Path) -> None:
         raise ValueError(f"{path.name}: is no regular file")
 
 
-def too_much(folder: Path) -> list[str]:
-    """A line for each yaml file below a folder that would take down whoever reads it: a pipe, megabytes, or a few
-    bytes that stand for millions of values. What else may be wrong with it is told when it is used."""
+def too_much(paths: Iterable[Path]) -> list[str]:
+    """A line for each yaml file that would take down whoever reads it: a pipe, megabytes, or a few bytes that stand
+    for millions of values. What else may be wrong with it is told when it is used."""
     found = []
-    for path in sorted(folder.rglob("*.yaml")):
+    for path in paths:
         try:
             if not path.is_dir():
                 _weigh(content(path, LARGEST_YAML), path.name)

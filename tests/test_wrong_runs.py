@@ -159,6 +159,15 @@ def test_a_config_may_have_aliases_and_its_neighbour_mistakes(here: Path) -> Non
     assert "noise_std: 2" in moe_lab("train", "--config-dir", "own", "router=mine", "--cfg", "job").out
 
 
+def test_a_config_folder_may_be_a_whole_project(here: Path) -> None:
+    """Only what can be chosen is weighed: not the data, the environment and the runs that lie beside it."""
+    for name in ("router/mine.yaml", "data/large.yaml", ".venv/lib/large.yaml", "outputs/run/config.yaml"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text("name: topk\nk: 2\nrenormalise: true\n" + "# large\n" * 40_000 * ("mine" not in name))
+    said = moe_lab("train", "--config-dir", ".", "router=mine", "--cfg", "job")
+    assert said.code == 0 and "k: 2" in said.out, said.err
+
+
 MANY = "; at most 65,536 and 500): a config of your own takes more (--config-dir)"
 COMMANDS = {
     "a long value": (["study=" + "x" * 1_000_000], f"is too long (1,000,006 characters, words: 1{MANY}"),

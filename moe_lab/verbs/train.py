@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         return complain(problems)
     if own is not None and not own.is_dir():
         return complain([f"{own}: no such config directory (--config-dir or MOE_LAB_CONFIG_DIR)"])
-    if own is not None and (unfit := presets.clashes(own) or reading.too_much(own)):
+    if own is not None and (unfit := presets.clashes(own) or reading.too_much(presets.choosable(own))):
         return complain(unfit)
     if "resume=" in args.overrides:  # an unset shell variable, say
         return complain(["resume=: is empty; name a run directory, or leave it out to start a new run"])

@@ -25,7 +25,8 @@ _URL = re.compile(r"(?<=://)(?:[^/@\s]{1,999}|[^/\s:@]{0,999}:(?!\d+/)[^\s]{0,99
 _PASSWORD = re.compile(r"://[^/\s:@]*:(?!\d+/)([^\s]+)@")
 _QUERY = re.compile(r"([?&]([\w.-]+)=)([^&\s\"']+)")
 _SHAPE = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|sk-(?=[\w-]{0,200}\d)[\w-]{20,}"
+    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+    r"|sk-(?=[\w-]{0,200}?(?=[A-Za-z]{0,200}\d)[A-Za-z0-9]{16})[\w-]{20,}"  # no sk-learn-of-2024
     r"|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{35}|xox[abprs]-[\w-]{10,}|npm_[A-Za-z0-9]{36}|pypi-AgEI[\w-]+"
     r"|wandb_v\d_\w{20,}|local-[0-9a-f]{40}|eyJ[\w-]{8,2000}\.eyJ[\w-]{8,2000}\.[\w-]+)"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"

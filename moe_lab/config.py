@@ -215,6 +215,7 @@ KINDS = {
     "bool": "must be true or false",
     "string": "must be text",
     "list": "must be a list, e.g. [a,b]",
+    "sequence": "must be a list, e.g. [a,b]",
     "model": "must be a mapping of keys",
     "dict": "must be a mapping of keys",
     "none": "must be null",

@@ -57,6 +57,8 @@ def _unreadable(override: str) -> str:
     override = config.shown(redact(override))
     if "=" not in override.lstrip("=") or override.startswith("="):
         return f"{override}: not understood; write key=value, e.g. router=topk"
+    if "~/" in override:  # quoted, it would be a folder of that name
+        return f"{override}: ~ is not expanded here; write $HOME, or the path in full"
     return f"{override}: cannot be read; quote a value with special characters: 'key=\"a, b\"'"
 
 

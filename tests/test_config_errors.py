@@ -79,6 +79,7 @@ MISTAKES = {
     "schedule.temperature=0": ["schedule.temperature=0: a temperature must stay above 0"],
     "schedule.noise.curve=spline": ["must be constant | linear | cosine | exponential | step"],
     "dataset=text dataset.paths=my.txt": ["dataset.paths=my.txt: must be a list"],
+    "wandb.tags=one": ["wandb.tags=one: must be a list, e.g. [a,b]"],
     "balance={switch:1}": ["balance.switch=1: must be a mapping of keys"],
     # combinations
     "router.k=99": ["router.k=99", "experts.num"],
@@ -92,6 +93,7 @@ MISTAKES = {
     "=3": ["=3: not understood; write key=value"],
     "router=[topk": ["router=[topk: cannot be read"],
     "steps==3": ["steps==3: cannot be read"],
+    "output_dir=~/runs": ["output_dir=~/runs: ~ is not expanded here; write $HOME"],
     "router=topk,switch": ["router=topk,switch: several values; add -m"],
     "seed=range(3)": ["seed=range(3): several values; add -m"],
     "steps=${nope}": ["steps: Interpolation key 'nope' not found"],

@@ -33,7 +33,7 @@ MAY: dict[str, set[str]] = {
     "balance": {"config", "routing"},
     "model": {"config", "routing", "seeding"},
     "datasets": {"config", "durable", "reading", "seeding"},
-    "sinks": {"config", "secrecy"},
+    "sinks": {"config", "durable", "secrecy"},
     "observe": {"plans", "routing", "model"},
     "probes": {"routing", "model"},
     "loop": {

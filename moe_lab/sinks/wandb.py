@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_lab import durable
 from moe_lab.config import option
 from moe_lab.sinks.account import has_key
 from moe_lab.sinks.base import guarded
@@ -160,6 +161,8 @@ def _settings() -> dict[str, Any]:
 def _run_id(run_dir: Path) -> str:
     """The id of this run directory on W&B, the same after a resume."""
     path = run_dir / "wandb_run_id.txt"
-    with contextlib.suppress(FileExistsError), path.open("x") as file:
-        file.write(secrets.token_hex(6))
-    return path.read_text().strip()
+    with contextlib.suppress(FileNotFoundError):
+        if known := path.read_text().strip():
+            return known
+    durable.write(path, secrets.token_hex(6).encode())
+    return path.read_text()

@@ -12,6 +12,8 @@ from typing import Any
 
 NAME = re.compile(r"(?!\.\.?$)[\w.=,+-]{1,100}")
 LOG = re.compile(r"\$\{hydra\.runtime\.output_dir\}/(\$\{hydra\.job\.name\}|[\w-]+)\.log")
+# wandb leaves a link to its service's log in the cache; nobody opens it to write, and a run must go on beside it.
+SERVICE_LOG = re.compile(r"wandb/(offline-)?run-[\w-]+/logs/debug-core\.log")
 LONGEST = 255  # bytes of one part of a path, on every usual file system
 LONGEST_PATH = 3800  # bytes; Linux takes 4,096, and what a run writes has names of its own
 
@@ -65,8 +67,12 @@ def leads_out(folder: Path) -> str | None:
     for parent, folders, names in os.walk(folder):
         for path in (Path(parent, name) for name in sorted((*folders, *names))):
             mode = path.lstat().st_mode
-            inside = Path(os.path.realpath(path)).is_relative_to(root)
+            inside = Path(os.path.realpath(path)).is_relative_to(root) or _is_service_log(path, folder)
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (stat.S_ISLNK(mode) and inside)):
                 kind = "a link that leads out of the run" if stat.S_ISLNK(mode) else "neither a file nor a folder"
                 return f"{path} is {kind}; a run writes only inside its own directory"
     return None
+
+
+def _is_service_log(path: Path, folder: Path) -> bool:
+    return SERVICE_LOG.fullmatch(path.relative_to(folder).as_posix()) is not None

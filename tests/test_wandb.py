@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import moe_lab
 from made_rows import made_facts, made_rows, made_summary
 from PIL import Image
 from tiny import TINY, tiny
 from wandb_reader import Recorded, read
 from wandb_server import Server
 
+from moe_lab.places import leads_out
 from moe_lab.sinks import mirror
 from moe_lab.sinks.account import has_key
 from moe_lab.sinks.heatmap import ANCHORS, DEAD, heatmap
@@ -138,6 +140,28 @@ def test_resume_goes_on_under_the_same_id(tmp_path: Path):
     assert sorted(h["_step"] for run in found for h in run.history) == [1, 2, 3, 4, 5, 6]
 
 
+def test_an_id_that_was_lost_to_a_full_disk_is_made_anew(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/wandb_run_id.txt").touch()
+    play(tmp_path / "run", made_rows())
+    assert recorded(tmp_path / "run").id == (tmp_path / "run/wandb_run_id.txt").read_text() != ""
+
+
+def test_a_run_goes_on_beside_what_wandb_left(alone: bytes, tmp_path: Path):
+    folder = Real(tmp_path, "checkpoint.every=20").folder
+    (folder / "status.json").unlink()
+    shutil.rmtree(folder / "checkpoints/step-00000040")
+    said = moe_lab("train", f"resume={folder}")
+    assert said.code == 0, said.err
+    assert (folder / "metrics.jsonl").read_bytes() == alone
+    assert len({read(path).id for path in folder.glob("wandb/offline-run-*/*.wandb")}) == 1
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 2
+    log = min(folder.glob("wandb/*/logs/debug-core.log"))
+    assert log.is_symlink() and leads_out(folder) is None
+    log.rename(log.with_name("another.log"))
+    assert "leads out" in str(leads_out(folder))
+
+
 def test_heatmap_shows_balance_death_and_overload():
     image = np.asarray(heatmap([[5, 5, 5, 5], [0, 0, 0, 20]]))
     assert image.shape == (2 * 24, 4 * 24, 3)
@@ -248,7 +272,7 @@ def online(url: str) -> dict[str, str]:
 def test_a_server_that_is_not_there_means_offline(behaviour: str, alone: bytes, tmp_path: Path) -> None:
     with Server(behaviour) as server:
         if behaviour == "refuses":
-            server.http.socket.close()
+            server.close()
         run = Real(tmp_path, "wandb.mode=online", env=online(server.url), limit=1.0)
     assert run.is_untouched(alone)
     assert "going online failed" in run.warning() and run.sync("offline-run") in run.warning()

@@ -26,6 +26,10 @@ class Server:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """From now on connections are refused."""
         self.over.set()
         self.http.shutdown()
         self.http.server_close()

@@ -39,7 +39,8 @@ class Running:
     def __post_init__(self) -> None:
         forks = multiprocessing.get_context("forkserver")
         forks.set_forkserver_preload(HEAVY)
-        self.process = forks.Process(target=_child, args=(self.words, self.out, self.fault, self.env))
+        given = (self.words, self.out, self.fault, self.env)
+        self.process = forks.Process(target=_child, args=given, daemon=True)  # a test that fails leaves none behind
         self.process.start()
 
     def alive(self) -> bool:

@@ -144,8 +144,8 @@ def test_two_processes_in_one_directory(tmp_path: Path) -> None:
     assert first.alive()
     first.kill()
     assert first.end().code == -9
-    second = start(tmp_path / "second", "train", f"resume={run}")
     before = json.loads((run / "status.json").read_text())["attempt"]
+    second = start(tmp_path / "second", "train", f"resume={run}")
     while second.alive() and json.loads((run / "status.json").read_text())["attempt"] == before:
         time.sleep(0.01)
     assert second.alive()

@@ -28,6 +28,15 @@ def written(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def opened(path: Path) -> None:
+    """Wait until the player has written its first line."""
+    for _ in range(3000):
+        if path.exists() and path.read_bytes().endswith(b"\n"):
+            return
+        time.sleep(0.02)
+    pytest.fail("the mirror's process does not start")
+
+
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and r.name.startswith("moe_lab")]
 
@@ -62,6 +71,7 @@ def test_a_failure_is_said_once_and_the_rest_is_skipped(
 ) -> None:
     monkeypatch.setattr(mirror, "DEADLINE", 1.0)
     notes.send("open", str(tmp_path / "n"))
+    opened(tmp_path / "n")  # it may start slowly, and the end comes soon
     notes.send("fail", how)
     if how != "hang":
         assert notes.ended.wait(20.0)
@@ -166,8 +176,7 @@ def test_a_signal_for_every_process_of_a_job_does_not_end_the_mirror(
     notes: Notes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     notes.send("open", str(tmp_path / "n"))
-    while not (tmp_path / "n").exists():
-        time.sleep(0.01)
+    opened(tmp_path / "n")
     assert notes.child is not None
     notes.child.terminate()
     notes.send("row", 1)

@@ -66,7 +66,10 @@ def leads_out(folder: Path) -> str | None:
     root = os.path.realpath(folder)
     for parent, folders, names in os.walk(folder):
         for path in (Path(parent, name) for name in sorted((*folders, *names))):
-            mode = path.lstat().st_mode
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # a process that is ending takes its own away
+                continue
             inside = Path(os.path.realpath(path)).is_relative_to(root) or _is_service_log(path, folder)
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (stat.S_ISLNK(mode) and inside)):
                 kind = "a link that leads out of the run" if stat.S_ISLNK(mode) else "neither a file nor a folder"

@@ -118,8 +118,8 @@ class Training:
         try:
             for sink in self.sinks[:-1]:
                 sink.close(status, summary)
-                if not hurry:
-                    sink.wait()
+            for sink in self.sinks[:-1] if not hurry else []:
+                sink.wait()
         finally:
             self.destinations[:] = self._described()
             for sink in self.sinks[-1:]:

@@ -172,9 +172,7 @@ def test_whoever_is_in_a_hurry_leaves_a_stuck_mirror_behind(tmp_path: Path) -> N
     assert (done.returncode, done.stderr) == (7, "")
 
 
-def test_a_signal_for_every_process_of_a_job_does_not_end_the_mirror(
-    notes: Notes, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_signal_to_the_mirror_does_not_end_it(notes: Notes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     notes.send("open", str(tmp_path / "n"))
     opened(tmp_path / "n")
     assert notes.child is not None

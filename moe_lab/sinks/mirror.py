@@ -139,9 +139,11 @@ def _line(call: str, *values: Any) -> bytes:
 def serve(player: Callable[[Callable[[str, str], None]], Any]) -> None:
     """The other process: play the calls of stdin, in order, to `player(tell)`, up to `close` or the first error.
 
-    A run whose process dies sends no `close`. `let_go` then saves what can be saved, as after an error.
+    A run whose process dies sends no `close`. `let_go` then saves what can be saved, as after an error. A scheduler's
+    signal to every process of a job does not end this one; what the sink started may end (wandb-core does, and the
+    record then ends there).
     """
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a scheduler tells every process of a job
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop, signal.SIG_IGN)
     calls, reports = os.fdopen(os.dup(0), "rb"), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)

@@ -6,6 +6,7 @@ checkpoint and the summary. The token cache is warm: the round before the first 
 
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,10 +33,11 @@ MISTAKES = {"moe-lab train routr=topk": 2}  # exit codes other than 0
 
 
 def command(line: str, folder: str) -> None:
-    """Run a shell command to its end with the programs of this Python's environment."""
+    """Run a command to its end with the programs of this Python's environment."""
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": search, "MOE_LAB_CACHE": f"{folder}/cache"}
-    done = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    words = shlex.split(line)
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != MISTAKES.get(line, 0):
         raise SystemExit(f"{line}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
 

@@ -181,9 +181,7 @@ def _check_sweep(app: Hydra, config_name: str, overrides: list[str]) -> None:
     """Compose and check every job of the sweep; a mistake that many jobs share is told once."""
     master = compose(app, config_name, overrides, RunMode.MULTIRUN)
     params = [f"{key}={value}" for key, value in (OmegaConf.select(master, "hydra.sweeper.params") or {}).items()]
-    parsed = OverridesParser.create(config_loader=app.config_loader).parse_overrides(
-        params + list(master.hydra.overrides.task)
-    )
+    parsed = _parsed(app, params + list(master.hydra.overrides.task))
     sweep_dir = _told(lambda: str(master.hydra.sweep.dir), app, config_name, overrides)
     _refuse(places.directory("hydra.sweep.dir", sweep_dir))
     _refuse([line for o in parsed if (line := _no_sweep(o))])

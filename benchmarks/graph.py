@@ -13,7 +13,7 @@ import torch
 from benchmarks.harness import device, interleave, table
 from benchmarks.step import MODEL, loop
 from moe_lab import seeding
-from moe_lab.loop import contexts, draw_noise, examples, forward
+from moe_lab.loop import contexts, draw, examples, forward
 
 WARM_UP = 5
 
@@ -24,15 +24,14 @@ def update_of(overrides: list[str]) -> Callable[[], torch.Tensor]:
     parts, s = trained.parts, trained.parts.settings
     raw = parts.data.train_batch(s.seed, 0, s.batch_size, s.seq_len)
     batch = examples(parts, raw.ids, raw.domain, seeding.generator(s.seed, "mask", 0))
-    layers = contexts(
-        parts, parts.schedules.at(0, s.steps), draw_noise(parts, batch.inputs.numel(), s.seed, "noise", 0)
-    )
+    drawn, values = draw(parts, batch.inputs.numel(), s.seed, "noise", 0, training=True), parts.schedules.at(0, s.steps)
+    layers = contexts(parts, values, batch, drawn, training=True)
     parameters = list(parts.model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=torch.tensor(1e-3, device=device()), fused=True, capturable=True)
 
     def update() -> torch.Tensor:
         out, loss_T = forward(parts, batch, layers)
-        total = loss_T.sum() / batch.counted.sum() + sum(trained._terms(out, 1.0))
+        total = loss_T.sum() / batch.counted.sum() + sum(trained._terms(out, batch, loss_T.detach(), values))
         total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

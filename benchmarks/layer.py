@@ -35,7 +35,7 @@ Call = Callable[[], Tensor]
 
 
 def our_layer(E: int, k: int) -> MoE:
-    router = {"name": "topk", "k": k, "renormalise": True, "noise": "none", "noise_std": 1.0}
+    router = {"name": "topk", "k": k, "renormalise": True}
     experts = {"name": "swiglu", "num": E, "width": F, "shared_experts": 0, "capacity_factor": None, "backend": "auto"}
     layer = MoE(build("router", router, D, E), build("experts", experts, D, 1), 1)
     initialise(layer, 0)

@@ -40,6 +40,7 @@ def assemble(cfg: dict[str, Any]) -> Parts:
         model=model,
         objective=objective,
         balancers={name: build("balance", node) for name, node in cfg["balance"].items()},
+        explorers={name: build("explore", node) for name, node in cfg["explore"].items()},
         schedules=build("schedule", cfg["schedule"]),
         optim=build("optim", cfg["optim"]),
         device=device,

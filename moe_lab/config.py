@@ -30,6 +30,7 @@ HOMES = {
     "router": "moe_lab.routers",
     "experts": "moe_lab.model.experts",
     "balance": "moe_lab.balance",
+    "explore": "moe_lab.explore",
     "schedule": "moe_lab.schedules",
     "dataset": "moe_lab.datasets",
     "model": "moe_lab.model.transformer",
@@ -39,7 +40,7 @@ HOMES = {
     "root": "moe_lab.settings",
 }
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-LISTS = {"balance": "balance", "logger": ""}  # groups that take a list, and the node under which it lands
+LISTS = {"balance": "balance", "explore": "explore", "logger": ""}  # groups of lists, and the node where each lands
 _registry: dict[str, dict[str, type]] = {group: {} for group in HOMES}
 
 
@@ -79,13 +80,24 @@ def registered(group: str) -> Mapping[str, type]:
 @cache
 def schema(cls: type) -> type[BaseModel]:
     """The keyword-only parameters of `cls` as a pydantic model that refuses unknown keys."""
-    hints = typing.get_type_hints(cls.__init__, include_extras=True)
-    fields: dict[str, Any] = {
+    strict = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
+    return create_model(cls.__name__, __config__=strict, **_options(cls))
+
+
+def _options(cls: type) -> dict[str, Any]:
+    """Type and default of each option; those of the base class as well where `__init__` hands on `**common`."""
+    init = next(base for base in cls.__mro__ if "__init__" in vars(base))
+    if init is object:
+        return {}
+    hints = typing.get_type_hints(init.__init__, include_extras=True)
+    parameters = inspect.signature(init.__init__).parameters.values()
+    own = {
         p.name: (hints[p.name], ... if p.default is p.empty else p.default)
-        for p in inspect.signature(cls).parameters.values()
+        for p in parameters
         if p.kind is p.KEYWORD_ONLY
     }
-    return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+    handed_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return (_options(init.__mro__[1]) if handed_on else {}) | own
 
 
 def build(group: str, node: Config, *runtime: Any) -> Any:
@@ -99,12 +111,12 @@ def nodes(cfg: Config) -> Iterator[tuple[str, str, Config]]:
     """(path, group, node) for every option of a composed config; root keys come last as ("", "root", ...)."""
     rest = dict(cfg)
     for group in HOMES:
-        if group == "balance":
-            balance = rest.pop("balance", None) or {}
-            if isinstance(balance, Mapping):
-                yield from ((f"balance.{name}", group, node) for name, node in balance.items())
+        if LISTS.get(group):
+            chosen = rest.pop(group, None) or {}
+            if isinstance(chosen, Mapping):
+                yield from ((f"{group}.{name}", group, node) for name, node in chosen.items())
             else:
-                yield "balance", group, {"name": balance}
+                yield group, group, {"name": chosen}
         elif group == "logger":
             for name in registered(group):
                 if name in rest:
@@ -135,12 +147,12 @@ def check(cfg: Config) -> list[str]:
 
 def _complete(cfg: Config) -> dict[str, Any]:
     """The same config with the defaults of options that it leaves out: a preset of one's own may be short."""
-    whole = dict(cfg) | {"balance": dict(cfg.get("balance") or {})}
+    whole = dict(cfg) | {group: dict(cfg.get(group) or {}) for group in LISTS if LISTS[group]}
     for path, group, node in nodes(cfg):
         fields = schema(registered(group)[node["name"]]).model_fields
         full = {name: field.default for name, field in fields.items() if not field.is_required()} | dict(node)
-        if group == "balance":
-            whole["balance"][path.removeprefix("balance.")] = full
+        if LISTS.get(group):
+            whole[group][path.removeprefix(f"{group}.")] = full
         elif path:
             whole[path] = full
     return whole

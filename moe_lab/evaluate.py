@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lab import seeding
-from moe_lab.loop import Examples, Parts, contexts, draw_noise, examples, forward, perplexity, view
+from moe_lab.loop import Examples, Parts, contexts, draw, examples, forward, perplexity, view
 from moe_lab.observe.metric import METRICS, over_layers
 from moe_lab.observe.probe import Probe
 from moe_lab.observe.recorder import Recorder
@@ -37,9 +37,10 @@ class Evaluator:
         total, counted, modes = torch.zeros(3, dtype=torch.float64), 0, self._modes()
         for i, raw in enumerate(parts.data.valid_batches(self.micro, s.seq_len, self._tokens())):
             batch = examples(parts, raw.ids, raw.domain, seeding.generator(s.seed, "eval mask", i))
+            drawn = draw(parts, batch.inputs.numel(), s.seed, "eval noise", i, training=False)
             with torch.no_grad():
                 for m, hard in enumerate(modes):
-                    out, loss_T = forward(parts, batch, contexts(parts, values, hard=hard))
+                    out, loss_T = forward(parts, batch, contexts(parts, values, batch, drawn, hard))
                     total[m] += loss_T.double().sum().cpu()
                     if hard is None:
                         seen = view(out, batch, loss_T)
@@ -93,9 +94,13 @@ class Evaluator:
         if not parts.model.moes:
             return {}
         batch = self._probe()
-        noise = draw_noise(parts, batch.inputs.numel(), s.seed, "probe noise")
-        _, loss_T = forward(parts, batch, contexts(parts, values, noise))
-        ratio = gradient_ratio(parts.model.moes, loss_T.sum() / batch.counted.sum())
+        drawn = draw(parts, batch.inputs.numel(), s.seed, "probe noise", training=True)
+        out, loss_T = forward(parts, batch, contexts(parts, values, batch, drawn, training=True))
+        task = loss_T.sum() / batch.counted.sum()
+        for moe, routing in zip(parts.model.moes, out.routings, strict=True):
+            own = moe.router.objective(routing, loss_T.detach(), batch.counted.flatten())
+            task = task if own is None else task + own
+        ratio = gradient_ratio(parts.model.moes, task)
         overall = over_layers(METRICS["router_grad_ratio"], ratio)
         return {"moe/router_grad_ratio": ratio} | {f"moe/router_grad_ratio/{how}": v for how, v in overall.items()}
 

@@ -63,7 +63,7 @@ class LoadedRun:
         values = build("schedule", self.config["schedule"]).at(steps - 1, steps)
         balancers = {name: build("balance", node) for name, node in self.config["balance"].items()}
         with torch.no_grad():
-            return self.model(ids_BS.to(self.model.embed.device), contexts_of(self.model, values, balancers))
+            return self.model(ids_BS.to(self.model.embed.device), contexts_of(self.model, values, balancers, ids_BS))
 
 
 def load(run: str | Path) -> LoadedRun:

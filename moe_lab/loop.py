@@ -5,22 +5,25 @@ Shapes: B sequences per update, S sequence, T tokens per micro-batch, E experts,
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lab import seeding
 from moe_lab.balance.base import Balancer, mean_over_layers
 from moe_lab.datasets.base import Data
+from moe_lab.explore.base import Explorer
+from moe_lab.model.moe import MoE
 from moe_lab.model.transformer import Output, Transformer
 from moe_lab.objectives import CLM, MLM
 from moe_lab.observe.recorder import Recorder, View
 from moe_lab.optim import AdamW
-from moe_lab.routing import Context, Knobs
+from moe_lab.routing import Context, Draw, Exploring, Knobs, Router
 from moe_lab.schedules import Schedules, Values
 from moe_lab.settings import Settings
+from moe_lab.upkeep import Upkeep
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Parts:
     model: Transformer
     objective: CLM | MLM
     balancers: Mapping[str, Balancer]
+    explorers: Mapping[str, Explorer]
     schedules: Schedules
     optim: AdamW
     device: torch.device
@@ -64,37 +68,89 @@ def send(t: Tensor, device: torch.device) -> Tensor:
     return ready.to(device, non_blocking=True)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Random numbers of one MoE layer for a batch: the router's logit noise [T, E], its other draws, the explorers'."""
+
+    noise_TE: Tensor | None
+    router: dict[str, Tensor]
+    explorers: list[dict[str, Tensor]]
+
+    def chunk(self, parts: int, i: int, tokens: int) -> "Drawn":
+        """The i-th of equal micro-batches; what is not drawn per token is the same in each."""
+
+        def cut(t: Tensor) -> Tensor:
+            return t.chunk(parts)[i] if t.shape[0] == tokens else t
+
+        noise_TE = None if self.noise_TE is None else cut(self.noise_TE)
+        router = {name: cut(t) for name, t in self.router.items()}
+        return Drawn(noise_TE, router, [{name: cut(t) for name, t in d.items()} for d in self.explorers])
+
+
 def contexts(
-    parts: Parts, values: Values, noise_TE: list[Tensor | None] | None = None, hard: int | None = None
+    parts: Parts, values: Values, batch: Examples, drawn: list[Drawn], hard: int | None = None, training: bool = False
 ) -> list[Context]:
-    """One Context per MoE layer; without noise for evaluation."""
-    return contexts_of(parts.model, values, parts.balancers, noise_TE, hard)
+    """One Context per MoE layer; without explorers and noise for evaluation."""
+    found = contexts_of(parts.model, values, parts.balancers, batch.inputs, hard)
+    explorers = parts.explorers.values() if training else ()
+    strengths = [(e, _scalar(parts, e.strength.at(values.progress) * values.noise)) for e in explorers]
+    layers = []
+    for ctx, d in zip(found, drawn, strict=True):
+        exploring = tuple(Exploring(e, by, mine) for (e, by), mine in zip(strengths, d.explorers, strict=True))
+        layers.append(replace(ctx, noise_TE=d.noise_TE, draws=d.router, exploring=exploring, training=training))
+    return layers
 
 
 def contexts_of(
-    model: Transformer,
-    values: Values,
-    balancers: Mapping[str, Balancer],
-    noise_TE: list[Tensor | None] | None = None,
-    hard: int | None = None,
+    model: Transformer, values: Values, balancers: Mapping[str, Balancer], ids_BS: Tensor, hard: int | None = None
 ) -> list[Context]:
+    """The same without anything drawn."""
     # Filled on the device: copying a number there would wait for it.
-    knobs = Knobs(*(torch.full((), v, device=model.embed.device) for v in (values.temperature, values.noise)))
+    temperature, noise = (torch.full((), v, device=model.embed.device) for v in (values.temperature, values.noise))
     biased = any(balancer.moves_bias for balancer in balancers.values())
-    return [
-        Context(knobs, noise_TE[i] if noise_TE else None, moe.bias_E if biased else None, hard)
-        for i, moe in enumerate(model.moes)
-    ]
+    ids_T, S = ids_BS.reshape(-1).to(model.embed.device), ids_BS.shape[1]
+    found = []
+    for moe in model.moes:
+        factor = moe.experts.capacity_factor
+        capacity = None if factor is None else torch.full((), factor, device=model.embed.device)
+        knobs = Knobs(temperature, noise, capacity)
+        found.append(Context(knobs, bias_E=moe.bias_E if biased else None, hard=hard, seq_len=S, ids_T=ids_T))
+    return found
 
 
-def draw_noise(parts: Parts, tokens: int, *key: int | str) -> list[Tensor | None]:
-    """Each layer's standard noise for `tokens` tokens [T, E] by position; None where the router has none."""
-    return [
-        send(seeding.noise(m.router.noise, (tokens, m.experts.num), *key, layer), parts.device)
-        if m.router.noise != "none"
-        else None
-        for layer, m in enumerate(parts.model.moes)
-    ]
+LOGIT_NOISE = {"gaussian": Draw("gaussian", "TE"), "gumbel": Draw("gumbel", "TE")}
+
+
+def draw(parts: Parts, tokens: int, *key: int | str, training: bool) -> list[Drawn]:
+    """What each layer's router and explorers need for `tokens` tokens, by position; in evaluation only what asks so."""
+
+    def take(wanted: Draw, moe: MoE, *name: int | str) -> Tensor:
+        sizes = {
+            "TE": (tokens, moe.experts.num),
+            "TD": (tokens, moe.router.dim),
+            "T": (tokens,),
+            "E": (moe.experts.num,),
+        }
+        return send(seeding.noise(wanted.kind, sizes[wanted.shape], *key, *name), parts.device)
+
+    found = []
+    for layer, moe in enumerate(parts.model.moes):
+        router, noise_TE = moe.router, None
+        if training and router.noise != "none":
+            noise_TE = take(LOGIT_NOISE[router.noise], moe, layer)
+        own = {n: take(d, moe, layer, n) for n, d in router.draws.items() if training or d.evaluate}
+        # Noise on the logits is that of a router with such noise of its own: runs can be compared draw by draw.
+        others = [
+            {n: take(d, moe, layer, *((name, n) if n != "logits" else ())) for n, d in e.draws.items()}
+            for name, e in parts.explorers.items()
+            if training
+        ]
+        found.append(Drawn(noise_TE, own, others))
+    return found
+
+
+def _scalar(parts: Parts, value: float) -> Tensor:
+    return torch.full((), value, device=parts.device)
 
 
 def forward(parts: Parts, batch: Examples, layers: list[Context]) -> tuple[Output, Tensor]:
@@ -110,9 +166,33 @@ class Loop:
     def __init__(self, parts: Parts, recorder: Recorder):
         self.parts, self.recorder = parts, recorder
         self.optimizer = parts.optim.build(parts.model)
+        self.upkeep = Upkeep(parts.model.moes, parts.balancers)
         self.tokens, self.lr = 0, 0.0  # trained on so far; of the last update
+        # Whether routers have an objective of their own, then the names of what is added to the task loss.
+        self.own = any(type(m.router).objective is not Router.objective for m in parts.model.moes)
+        self.terms = [*parts.balancers, *(["router"] if self.own else [])]
         # Losses, gradient norm and updates since the last row, then the first update that was not finite (or 0).
-        self.sums = torch.zeros(4 + len(parts.balancers), device=parts.device, dtype=torch.float64)
+        self.sums = torch.zeros(4 + len(self.terms), device=parts.device, dtype=torch.float64)
+
+    def start_from_data(self) -> None:
+        """Let routers that start from data see their layer's input of the first batch, layer after layer."""
+        parts, s = self.parts, self.parts.settings
+        waiting = [moe.router for moe in parts.model.moes if moe.router.data_dependent_init]
+        if not waiting:
+            return
+
+        def show(router: nn.Module, given: tuple[Tensor, Context]) -> None:
+            assert isinstance(router, Router)
+            router.init_from(given[0].float())
+
+        hooks = [router.register_forward_pre_hook(show) for router in waiting]
+        raw = parts.data.train_batch(s.seed, 0, s.batch_size, s.seq_len)
+        batch = examples(parts, raw.ids, raw.domain, seeding.generator(s.seed, "mask", 0))
+        drawn = draw(parts, batch.inputs.numel(), s.seed, "start", training=False)
+        with torch.no_grad():
+            forward(parts, batch, contexts(parts, parts.schedules.at(0, s.steps), batch, drawn))
+        for hook in hooks:
+            hook.remove()
 
     def step(self, step: int) -> None:
         """Update number `step`, counted from 0."""
@@ -121,35 +201,36 @@ class Loop:
         raw = parts.data.train_batch(s.seed, step, s.batch_size, s.seq_len)
         batch = examples(parts, raw.ids, raw.domain, seeding.generator(s.seed, "mask", step))
         # Drawn for the whole update, then cut: how it is split into micro-batches does not change the numbers.
-        noise = draw_noise(parts, batch.inputs.numel(), s.seed, "noise", step)
-        n = parts.optim.accumulate
-        noise_by_part = [[None if t is None else t.chunk(n)[i] for t in noise] for i in range(n)]
+        tokens, n = batch.inputs.numel(), parts.optim.accumulate
+        drawn = draw(parts, tokens, s.seed, "noise", step, training=True)
         counted = batch.counted.sum()
-        selected_LE = [torch.zeros_like(m.bias_E, dtype=torch.int64) for m in parts.model.moes]
-        for i, (part, part_noise) in enumerate(zip(batch.split(n), noise_by_part, strict=True), 1):
-            out, loss_T = forward(parts, part, contexts(parts, values, part_noise))
+        for i, part in enumerate(batch.split(n)):
+            part_drawn = [d.chunk(n, i, tokens) for d in drawn]
+            out, loss_T = forward(parts, part, contexts(parts, values, part, part_drawn, training=True))
             task = loss_T.sum() / counted
-            terms = self._terms(out, values.balance / n)
+            terms = [term / n for term in self._terms(out, part, loss_T.detach(), values)]
             total = task + sum(terms)
             total.backward()
             self.sums[: 2 + len(terms)] += torch.stack([task, total, *terms]).detach()
-            self.recorder.see(view(out, part, loss_T.detach(), closes=i == n))
-            for total_E, routing in zip(selected_LE, out.routings, strict=True):
-                total_E += routing.plan.selected_E
+            self.recorder.see(view(out, part, loss_T.detach(), closes=i == n - 1))
+            self.upkeep.add(out, s.seq_len)
         self._update(step)
-        for balancer in parts.balancers.values():
-            if balancer.moves_bias:
-                for moe, selected_E in zip(parts.model.moes, selected_LE, strict=True):
-                    balancer.after_step(moe.bias_E, selected_E, values.bias_rate)
-        self.tokens += batch.inputs.numel()
+        self.upkeep.close(values, s.seq_len)
+        self.tokens += tokens
 
-    def _terms(self, out: Output, scale: float) -> list[Tensor]:
-        """Weighted balance terms in the order of the balancers; a term of weight 0 is skipped, not multiplied."""
-        zero = torch.zeros((), device=self.parts.device)
-        return [
-            mean_over_layers(b, out.routings) * (b.weight * scale) if b.weight and scale and out.routings else zero
-            for b in self.parts.balancers.values()
-        ]
+    def _terms(self, out: Output, batch: Examples, loss_T: Tensor, values: Values) -> list[Tensor]:
+        """What is added to the task loss, by the names of `terms`. A weight of 0 is skipped, not multiplied."""
+        zero, found = torch.zeros((), device=self.parts.device), []
+        for name, balancer in self.parts.balancers.items():
+            weight = balancer.weight.at(values.progress) * values.balance if balancer.weight and out.routings else 0
+            layers = self.upkeep.layers(name, batch.inputs.shape[1])
+            found.append(weight * mean_over_layers(balancer, out.routings, layers) if weight else zero)
+        if self.own:
+            counted_T = batch.counted.flatten()
+            moes = zip(self.parts.model.moes, out.routings, strict=True)
+            each = [moe.router.objective(routing, loss_T, counted_T) for moe, routing in moes]
+            found.append(sum((term for term in each if term is not None), zero))
+        return found
 
     def _update(self, step: int) -> None:
         """Clip and apply the gradients; where these or the loss are not finite, skip it on the device and remember."""
@@ -174,9 +255,9 @@ class Loop:
         self.sums[:-1] = 0
         row = {"step": done, "tokens": self.tokens, "window": window, "loss": task, "ppl": perplexity(task)}
         row |= {"loss_total": total, "grad_norm": norm, "lr": self.lr}
-        weighted = [(name, b) for name, b in parts.balancers.items()]
-        row |= {f"term/{name}": term for (name, b), term in zip(weighted, terms, strict=True) if b.weight is not None}
-        row |= {f"knob/{name}": value for name, value in vars(values).items()}
+        unweighted = {name for name, b in parts.balancers.items() if b.weight is None}
+        row |= {f"term/{n}": term for n, term in zip(self.terms, terms, strict=True) if n not in unweighted}
+        row |= {f"knob/{name}": value for name, value in vars(values).items() if name != "progress"}
         return row | self.recorder.row()
 
 

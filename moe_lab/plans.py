@@ -6,7 +6,6 @@ Three things are kept apart: *selected* (the router's choice), *kept* (after cap
 computed).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -92,27 +91,44 @@ def _per_token(rows_ND: Tensor, inverse_N: Tensor, kept_N: Tensor | None, K: int
 
 @dataclass(frozen=True)
 class Assignments:
-    """Each token goes to K experts. Rows are sorted by expert once; dropped rows stand behind the last expert's.
+    """Each token goes to up to K experts. Rows are sorted by expert once; those of no expert stand behind the last's.
 
     expert_TK: chosen experts, int64, strongest first. weight_TK: combine weights, fp32, gradients intact.
     kept_TK: False where capacity dropped the assignment (the token keeps its residual), None when nothing can drop.
+    chosen_TK: False where a token has fewer than K choices and this is none; None when each has K.
     """
 
     expert_TK: Tensor
     weight_TK: Tensor
     num_experts: int
     kept_TK: Tensor | None = None
+    chosen_TK: Tensor | None = None
 
     @property
+    def ragged(self) -> bool:
+        """Whether selected_TK holds `num_experts` where a token has no further choice."""
+        return self.chosen_TK is not None
+
+    @cached
     def selected_TK(self) -> Tensor:
-        return self.expert_TK
+        """The chosen experts, `num_experts` where there is no choice."""
+        if self.chosen_TK is None:
+            return self.expert_TK
+        return torch.where(self.chosen_TK, self.expert_TK, self.num_experts)
+
+    @cached
+    def executed_TK(self) -> Tensor | None:
+        """Which assignments are computed: chosen and kept; None: all."""
+        if self.kept_TK is None or self.chosen_TK is None:
+            return self.chosen_TK if self.kept_TK is None else self.kept_TK
+        return self.kept_TK & self.chosen_TK
 
     @cached
     def _order(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows by expert, the inverse of that order, and rows per expert that are executed."""
         key_N = self.expert_TK.reshape(-1)
-        if self.kept_TK is not None:
-            key_N = torch.where(self.kept_TK.reshape(-1), key_N, self.num_experts)
+        if self.executed_TK is not None:
+            key_N = torch.where(self.executed_TK.reshape(-1), key_N, self.num_experts)
         order_N = torch.argsort(key_N, stable=True)
         inverse_N = torch.empty_like(order_N)
         inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
@@ -126,7 +142,18 @@ class Assignments:
     @cached
     def selected_E(self) -> Tensor:
         """Tokens that chose each expert, before capacity, int64 [E]."""
-        return self.counts_E if self.kept_TK is None else count(self.expert_TK.reshape(-1), self.num_experts)
+        return self.counts_E if self.kept_TK is None else self.selected(1)[0]
+
+    def selected(self, groups: int) -> Tensor:
+        """The same for each of `groups` equal stretches of tokens, [G, E]."""
+        return count_by_group(self.selected_TK, self.num_experts, groups)
+
+    def mass(self, groups: int) -> Tensor:
+        """Combine weight given to each expert before capacity, summed by stretch, fp32 [G, E], with gradients."""
+        weight_TK = self.weight_TK
+        if self.chosen_TK is not None:
+            weight_TK = weight_TK.masked_fill(~self.chosen_TK, 0)
+        return sum_by_group(self.expert_TK, weight_TK, self.num_experts, groups)
 
     @property
     def kept_E(self) -> Tensor:
@@ -151,21 +178,22 @@ class Assignments:
 
     @property
     def _kept_N(self) -> Tensor | None:
-        return None if self.kept_TK is None else self.kept_TK.reshape(-1)
+        return None if self.executed_TK is None else self.executed_TK.reshape(-1)
 
     def importance_E(self) -> Tensor:
         """Combine weight given to each expert, summed over tokens, before capacity, fp32 [E], gradients intact."""
-        total_E = torch.zeros(self.num_experts, dtype=self.weight_TK.dtype, device=self.weight_TK.device)
-        return total_E.scatter_add(0, self.expert_TK.reshape(-1), self.weight_TK.reshape(-1))
+        return self.mass(1)[0]
 
-    def limit(self, capacity_factor: float) -> "Assignments":
-        """Keep at most ceil(capacity_factor * T * K / E) rows per expert, first come first served in token order.
+    def limit(self, capacity_factor: Tensor | float, k: int | None = None) -> "Assignments":
+        """Keep at most ceil(capacity_factor * T * k / E) rows per expert, first come first served in token order.
 
-        Less than a millionth of a row is none: every token is dropped and keeps its residual.
+        k: choices per token that an even share is counted by (K unless told). Less than a millionth of a row is none:
+        every token is dropped and keeps its residual.
         """
         T, K = self.expert_TK.shape
         # 1.1 * 100 / 10 is a hair above 11 in floating point, and would grant a twelfth row.
-        capacity = math.ceil(capacity_factor * T * K / self.num_experts - 1e-6)
+        share = torch.as_tensor(capacity_factor, dtype=torch.float64) * (T * (k or K) / self.num_experts)
+        capacity = (share - 1e-6 * share.clamp_min(1)).ceil()
         _, inverse_N, counts_E = self._order
         first_E = counts_E.cumsum(0) - counts_E
         rank_N = inverse_N - first_E[self.expert_TK.reshape(-1)]
@@ -173,7 +201,11 @@ class Assignments:
 
     def harden(self, k: int) -> "Assignments":
         """Only the k strongest choices of each token, which share the token's whole weight in proportion."""
-        return _hardened(self.expert_TK[:, :k], self.weight_TK[:, :k], self.weight_TK, self.num_experts)
+        weight_TK, chosen_TK = self.weight_TK, self.chosen_TK
+        if chosen_TK is not None:
+            weight_TK = weight_TK.masked_fill(~chosen_TK, 0)
+        hard = _hardened(self.expert_TK[:, :k], weight_TK[:, :k], weight_TK, self.num_experts)
+        return hard if chosen_TK is None else replace(hard, chosen_TK=chosen_TK[:, :k])
 
 
 @dataclass(frozen=True)
@@ -186,6 +218,7 @@ class Mixture:
     weight_TE: Tensor
     selected_TK: Tensor
     kept_TK: None = None
+    ragged = False
 
     @property
     def num_experts(self) -> int:
@@ -204,6 +237,12 @@ class Mixture:
     def kept_E(self) -> Tensor:
         return self.selected_E
 
+    def selected(self, groups: int) -> Tensor:
+        return count_by_group(self.selected_TK, self.num_experts, groups)
+
+    def mass(self, groups: int) -> Tensor:
+        return self.weight_TE.view(groups, -1, self.num_experts).sum(1)
+
     def gather(self, x_TD: Tensor) -> Tensor:
         return x_TD.repeat(self.num_experts, 1)
 
@@ -219,11 +258,85 @@ class Mixture:
         return _hardened(expert_TK, self.weight_TE.gather(1, expert_TK), self.weight_TE, self.num_experts)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Every expert takes the same number of tokens; a token may have any number of experts (expert choice).
+
+    token_EC: the tokens of each expert, int64. weight_EC: their combine weights, fp32, gradients intact. tokens: T.
+    """
+
+    token_EC: Tensor
+    weight_EC: Tensor
+    tokens: int
+    kept_TK: None = None
+    ragged = True
+
+    @property
+    def num_experts(self) -> int:
+        return self.token_EC.shape[0]
+
+    @cached
+    def counts_E(self) -> Tensor:
+        E, C = self.token_EC.shape
+        return torch.full((E,), C, dtype=torch.int64, device=self.token_EC.device)
+
+    @property
+    def selected_E(self) -> Tensor:
+        return self.counts_E
+
+    @property
+    def kept_E(self) -> Tensor:
+        return self.counts_E
+
+    @cached
+    def _weight_TE(self) -> Tensor:
+        """Combine weights as a matrix, 0 where an expert did not take the token."""
+        weight_ET = self.weight_EC.new_zeros(self.num_experts, self.tokens)
+        return weight_ET.scatter(1, self.token_EC, self.weight_EC).T
+
+    @cached
+    def _taken_TE(self) -> Tensor:
+        taken_ET = torch.zeros(self.num_experts, self.tokens, dtype=torch.bool, device=self.token_EC.device)
+        return taken_ET.scatter(1, self.token_EC, True).T
+
+    @cached
+    def selected_TK(self) -> Tensor:
+        """Each token's experts, strongest first, `num_experts` where there are no more, [T, E]."""
+        strength_TE = torch.where(self._taken_TE, self._weight_TE.detach(), -1.0)
+        order_TE = torch.argsort(-strength_TE, dim=-1, stable=True)
+        return torch.where(self._taken_TE.gather(1, order_TE), order_TE, self.num_experts)
+
+    def selected(self, groups: int) -> Tensor:
+        return self._taken_TE.view(groups, -1, self.num_experts).sum(1)
+
+    def mass(self, groups: int) -> Tensor:
+        return self._weight_TE.reshape(groups, -1, self.num_experts).sum(1)
+
+    def importance_E(self) -> Tensor:
+        return self.weight_EC.sum(1)
+
+    def gather(self, x_TD: Tensor) -> Tensor:
+        return x_TD.index_select(0, self.token_EC.reshape(-1))
+
+    def combine(self, rows_ND: Tensor) -> Tensor:
+        weighted_ND = rows_ND * self.weight_EC.reshape(-1, 1).to(rows_ND.dtype)
+        y_TD = rows_ND.new_zeros(self.tokens, rows_ND.shape[1])
+        return y_TD.index_add(0, self.token_EC.reshape(-1), weighted_ND)
+
+    def harden(self, k: int) -> Assignments:
+        """Each token's k strongest experts among those that took it."""
+        expert_TK = self.selected_TK[:, :k]
+        chosen_TK = expert_TK < self.num_experts
+        expert_TK = expert_TK.clamp_max(self.num_experts - 1)
+        weight_TK = self._weight_TE.gather(1, expert_TK) * chosen_TK
+        return replace(_hardened(expert_TK, weight_TK, self._weight_TE, self.num_experts), chosen_TK=chosen_TK)
+
+
 def _hardened(expert_TK: Tensor, weight_TK: Tensor, all_TX: Tensor, num_experts: int) -> Assignments:
     return Assignments(expert_TK, shares(weight_TK) * all_TX.sum(-1, keepdim=True), num_experts)
 
 
-Plan = Assignments | Mixture
+Plan = Assignments | Mixture | Rows
 
 
 def shares(weight_TK: Tensor) -> Tensor:
@@ -241,3 +354,24 @@ def count(index_N: Tensor, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int64, device=index_N.device).scatter_add_(
         0, index_N, torch.ones_like(index_N)
     )
+
+
+def count_by_group(selected_TK: Tensor, num_experts: int, groups: int) -> Tensor:
+    """How often each expert occurs in each of `groups` equal stretches of tokens, int64 [G, E]; E stands for none."""
+    cell_N = _cells(selected_TK, num_experts + 1, groups)
+    return count(cell_N, groups * (num_experts + 1)).view(groups, -1)[:, :num_experts]
+
+
+def sum_by_group(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, groups: int) -> Tensor:
+    """Weights summed by expert over each of `groups` equal stretches of tokens, [G, E], with gradients."""
+    cell_N = _cells(expert_TK, num_experts, groups)
+    total_N = torch.zeros(groups * num_experts, dtype=weight_TK.dtype, device=weight_TK.device)
+    return total_N.scatter_add(0, cell_N, weight_TK.reshape(-1)).view(groups, num_experts)
+
+
+def _cells(index_TK: Tensor, size: int, groups: int) -> Tensor:
+    """Where each entry counts in a flat [groups, size] table, [T * K]."""
+    if groups > 1:
+        T = index_TK.shape[0]
+        index_TK = index_TK + (torch.arange(T, device=index_TK.device) // (T // groups) * size)[:, None]
+    return index_TK.reshape(-1)

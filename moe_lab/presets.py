@@ -103,7 +103,7 @@ def defaults(train_yaml: Path) -> dict[str, list[str]]:
 
 def root_keys(conf: Path) -> list[Key]:
     """The keys of train.yaml that belong to no group."""
-    hidden = ("defaults", "hydra", "balance")
+    hidden = ("defaults", "hydra", "balance", "explore")
     return [key for key in read(conf / "train.yaml").keys if key.path.split(".")[0] not in hidden]
 
 

@@ -1,4 +1,4 @@
-"""The values that routing is made of: the context a router sees, its decision, and the base class of all routers.
+"""The values that routing is made of: the context a router sees, its decision, and the base classes of all routers.
 
 Shapes: T tokens (batch-major), D width, E experts, K chosen per token.
 
@@ -7,17 +7,50 @@ read the same value that trained the model.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from moe_lab.plans import Assignments, Mixture, Plan, best, shares
+from moe_lab.plans import Assignments, Mixture, Plan, Rows, best, shares
 from moe_lab.seeding import parameter
+from moe_lab.traits import Traits
 
-__all__ = ["Assignments", "Context", "Knobs", "Mixture", "Plan", "Router", "Routing", "best"]
+__all__ = [
+    "Assignments",
+    "Choices",
+    "Context",
+    "Draw",
+    "Exploring",
+    "Knobs",
+    "Mixture",
+    "Plan",
+    "Router",
+    "Routing",
+    "Rows",
+    "Scored",
+    "Traits",
+    "best",
+    "with_outputs",
+]
+Choices = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers that the loop draws by position: (seed, step, layer, name).
+
+    gaussian is N(0, 1), gumbel -log(Exp(1)), uniform in [0, 1). shape: per token and expert, per token and input
+    channel, per token, or per expert: then once per update, the same in all its micro-batches. Drawn in training
+    alone, unless `evaluate` (by a fixed key).
+    """
+
+    kind: Literal["gaussian", "gumbel", "uniform"]
+    shape: Literal["TE", "TD", "T", "E"]
+    evaluate: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,30 +59,59 @@ class Knobs:
 
     temperature: Tensor
     noise: Tensor
+    capacity: Tensor | None = None
+
+
+class Explorer(Protocol):
+    """What tries other experts than the router's choice while it trains; see explore/base.py, which explains each."""
+
+    def input(self, x_TD: Tensor, drawn: Mapping[str, Tensor], strength: Tensor) -> Tensor: ...
+    def logits(self, logits_TE: Tensor, drawn: Mapping[str, Tensor], strength: Tensor) -> Tensor: ...
+    def noise_std(self, strength: Tensor) -> Tensor | None: ...
+    def allowed(self, logits_TE: Tensor, drawn: Mapping[str, Tensor], strength: Tensor, k: int) -> Tensor | None: ...
+    def rank(self, rank_TE: Tensor, drawn: Mapping[str, Tensor], strength: Tensor) -> Tensor: ...
+    def plan(self, plan: Plan, gates_TE: Tensor, drawn: Mapping[str, Tensor], strength: Tensor) -> Plan: ...
+
+
+@dataclass(frozen=True)
+class Exploring:
+    """One explorer at work: its strength at this step (0-dim) and what was drawn for it."""
+
+    explorer: Explorer
+    strength: Tensor
+    drawn: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Context:
     """What one layer's router is told beside its tokens.
 
-    noise_TE: standard draws of the router's own distribution, None in evaluation and for routers without noise.
+    noise_TE: standard draws of the router's own logit noise, None in evaluation and for routers without noise.
     bias_E:   the layer's selection bias, None where no balancer moves one.
     hard:     evaluate with only the `hard` strongest experts of each token's choice, None for the choice as trained.
+    seq_len:  tokens are sequences of so many, one behind the other. ids_T: the input's token ids.
+    draws:    what the router's `draws` ask for, by name. exploring: the explorers at work, none in evaluation.
     """
 
     knobs: Knobs
     noise_TE: Tensor | None = None
     bias_E: Tensor | None = None
     hard: int | None = None
+    seq_len: int | None = None
+    ids_T: Tensor | None = None
+    draws: Mapping[str, Tensor] = field(default_factory=dict)
+    exploring: tuple[Exploring, ...] = ()
+    training: bool = False
 
 
 @dataclass(frozen=True)
 class Routing:
     """One layer's decision on one batch; a field is None where the router has no such thing.
 
-    logits_TE: clean scores, fp32. probs_TE: the clean gate as a distribution over experts at the current temperature,
-    free of noise: what balance losses differentiate. noisy_TE, noise_std_TE: the scores that chose, and the standard
-    deviation of their noise (Shazeer's load needs both).
+    logits_TE: clean scores, fp32 (zeros where a router has none). probs_TE: the clean gate as a distribution over
+    experts at the current temperature, free of noise: what balance losses differentiate. noisy_TE, noise_std_TE: the
+    scores that chose, and the standard deviation of their noise (Shazeer's load needs both). extra: what else a
+    router tells its own objective. offset_TD: what the router itself adds to the layer's output.
     """
 
     plan: Plan
@@ -57,27 +119,33 @@ class Routing:
     probs_TE: Tensor
     noisy_TE: Tensor | None = None
     noise_std_TE: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    offset_TD: Tensor | None = None
 
 
 class Router(nn.Module):
     """Base of all routers: score, noise, choice, gate, in fp32 whatever the model's dtype.
 
-    A subclass writes `choose` and sometimes `score` or `gate`. It draws no random numbers (the loop passes them in),
-    and holds no loss, no counter and no metric. Temperature shapes the gate and never the choice: argmax((z+g)/t)
-    samples softmax(z), argmax(z/t+g) would not.
+    A subclass writes `choose` and sometimes `score`, `gate` or another of the methods below. It draws no random
+    numbers (the loop passes them in), and holds no balance loss, no counter and no metric. Temperature shapes the gate
+    and never the choice: argmax((z+g)/t) samples softmax(z), argmax(z/t+g) would not.
     """
 
-    noise: str = "none"  # the distribution that the loop draws for this router: none, gaussian, gumbel
+    noise: str = "none"  # the distribution of its own logit noise: none, gaussian, gumbel
+    draws: Mapping[str, Draw] = {}  # what else the loop draws for it
     every_expert: bool = False  # whether all experts run on all tokens
+    scored: bool = True  # whether a ranking of each token's scores decides: what explorers and a selection bias move
+    wants_outputs: bool = False  # whether it is told the sum of each expert's outputs, extra["output_sum_ED"]
+    data_dependent_init: bool = False  # whether `init_from` fills its buffers before step 0
+    weight_ED: Tensor  # of routers with a learned row per expert; `directions_ED` serves all
 
-    def __init__(self, dim: int, num_experts: int, *, k: int):
+    def __init__(self, dim: int, num_experts: int, *, k: Choices = 1):
         super().__init__()
         self.dim, self.num_experts, self.k = dim, num_experts, k
-        self.weight_ED = parameter(num_experts, dim, std=0.02)
 
-    def score(self, x_TD: Tensor) -> Tensor:
+    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
         """Clean logits [T, E] of fp32 tokens."""
-        return F.linear(x_TD, self.weight_ED)
+        raise NotImplementedError
 
     def noise_std(self, x_TD: Tensor) -> Tensor:
         """Standard deviation of the logit noise, broadcastable to [T, E], before the schedule scales it."""
@@ -91,14 +159,40 @@ class Router(nn.Module):
         """The gate normalised over experts; `gates_TE` are the gate values of `logits_TE`."""
         return gates_TE
 
-    def choose(self, rank_TE: Tensor, gates_TE: Tensor) -> Plan:
-        """From what ranks the experts (noisy logits, or gates plus selection bias) and the gate values, the plan."""
+    def merit(self, noisy_TE: Tensor) -> Tensor:
+        """What a selection bias is added to: gate values at temperature 1."""
+        return self.gate(noisy_TE)
+
+    def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
+        """From what ranks the experts (noisy logits, or merits plus selection bias) and the gate values, the plan."""
         raise NotImplementedError
+
+    def extras(self, x_TD: Tensor, noisy_TE: Tensor, plan: Plan, ctx: Context) -> dict[str, Tensor]:
+        """What else `objective` and `statistics` need to know of this decision."""
+        return {}
+
+    def offset(self, plan: Plan, gates_TE: Tensor, ctx: Context) -> Tensor | None:
+        """What the router itself adds to the layer's output [T, D], or None."""
+        return None
+
+    def objective(self, routing: Routing, loss_T: Tensor, counted_T: Tensor) -> Tensor | None:
+        """A loss of the router's own, 0-dim, from each token's task loss (detached, 0 where it does not count)."""
+        return None
+
+    def init_from(self, x_TD: Tensor) -> None:
+        """Fill the buffers from this layer's input of the first batch."""
+
+    def statistics(self, x_TD: Tensor, routing: Routing) -> dict[str, Tensor]:
+        """What `after_step` needs: sums over the tokens of a micro-batch, detached."""
+        return {}
+
+    def after_step(self, stats: Mapping[str, Tensor], progress: float) -> None:
+        """Move the buffers, once per update, from the sums over its micro-batches; progress is in [0, 1]."""
 
     @property
     def active(self) -> int:
         """How many experts shape a token's output."""
-        return self.k
+        return self.num_experts if self.every_expert else self.k
 
     def top_k(self, rank_TE: Tensor, gates_TE: Tensor, renormalise: bool = False) -> Assignments:
         """The k best-ranked experts of each token, weighted by their gate values (renormalised to sum to one)."""
@@ -110,25 +204,53 @@ class Router(nn.Module):
 
     def directions_ED(self) -> Tensor | None:
         """One row per expert for geometry, or None."""
-        return self.weight_ED
+        return None
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.float() if x_TD.dtype != torch.float64 else x_TD
-            logits_TE = self.score(x_TD)
+            for e in ctx.exploring:
+                x_TD = e.explorer.input(x_TD, e.drawn, e.strength)
+            logits_TE = self.score(x_TD, ctx)
             sharp_TE = logits_TE / ctx.knobs.temperature
             clean_TE = gates_TE = self.gate(sharp_TE)
-            noisy_TE, std_TE = logits_TE, None
-            if ctx.noise_TE is not None:
-                std_TE = (self.noise_std(x_TD) * ctx.knobs.noise).expand_as(logits_TE)
-                noisy_TE = logits_TE + ctx.noise_TE * std_TE
+            noisy_TE, std_TE, allowed = self._disturbed(x_TD, logits_TE, ctx)
+            if noisy_TE is not logits_TE:
                 gates_TE = self.gate(noisy_TE / ctx.knobs.temperature)
-            rank_TE = noisy_TE if ctx.bias_E is None else self.gate(noisy_TE) + ctx.bias_E
-            plan = self.choose(rank_TE.detach(), gates_TE)
+            rank_TE = noisy_TE if ctx.bias_E is None else self.merit(noisy_TE) + ctx.bias_E
+            for e in ctx.exploring:
+                rank_TE = e.explorer.rank(rank_TE, e.drawn, e.strength)
+            if allowed is not None:  # last: a bias must not bring an expert back
+                rank_TE = rank_TE.masked_fill(~allowed, -torch.inf)
+            plan = self.choose(rank_TE.detach(), gates_TE, ctx)
+            for e in ctx.exploring:
+                plan = e.explorer.plan(plan, gates_TE, e.drawn, e.strength)
             probs_TE = self.distribution(sharp_TE, clean_TE)
+            extra, offset_TD = self.extras(x_TD, noisy_TE, plan, ctx), self.offset(plan, gates_TE, ctx)
         if ctx.hard is not None:
             plan = plan.harden(ctx.hard)
-        return Routing(plan, logits_TE, probs_TE, noisy_TE, std_TE)
+        return Routing(plan, logits_TE, probs_TE, noisy_TE, std_TE, extra, offset_TD)
+
+    def _disturbed(self, x_TD: Tensor, logits_TE: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits with noise, -inf for experts that may not be chosen; the noise's standard deviation; who may be."""
+        noisy_TE, std_TE, allowed = logits_TE, None, None
+        if ctx.noise_TE is not None:
+            std_TE = (self.noise_std(x_TD) * ctx.knobs.noise).expand_as(logits_TE)
+            noisy_TE = logits_TE + ctx.noise_TE * std_TE
+        for e in ctx.exploring:
+            noisy_TE = e.explorer.logits(noisy_TE, e.drawn, e.strength)
+            if (std := e.explorer.noise_std(e.strength)) is not None:
+                std_TE = std.expand_as(logits_TE)
+            if (mine := e.explorer.allowed(logits_TE, e.drawn, e.strength, self.k)) is not None:
+                allowed = mine if allowed is None else allowed & mine
+        if allowed is not None:
+            noisy_TE = noisy_TE.masked_fill(~allowed, -torch.inf)
+        return noisy_TE, std_TE, allowed
+
+    @classmethod
+    def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
+        """What this router promises with these options and E experts."""
+        return Traits(stochastic=cls.noise != "none", flops=E / node["k"] if cls.every_expert else 1.0)
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
@@ -143,3 +265,29 @@ class Router(nn.Module):
                 "capacity limits a choice (router.backward=selected where the router has it)"
             ]
         return []
+
+
+class Scored(Router):
+    """A router with one learned row per expert, whose products with the token are its scores."""
+
+    def __init__(self, dim: int, num_experts: int, **common: Any):
+        super().__init__(dim, num_experts, **common)
+        self.weight_ED = parameter(num_experts, dim, std=0.02)
+
+    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        return F.linear(x_TD, self.weight_ED)
+
+    def directions_ED(self) -> Tensor | None:
+        return self.weight_ED
+
+
+def with_outputs(routing: Routing, out_ND: Tensor) -> Routing:
+    """The routing with the sum of each expert's outputs, for routers that ask for it."""
+    ends_E = routing.plan.counts_E.cumsum(0)
+    row_N = torch.arange(out_ND.shape[0], device=out_ND.device)
+    expert_N = torch.searchsorted(ends_E, row_N, right=True)  # E: rows that no expert computed
+    total_ED = out_ND.new_zeros(
+        len(ends_E) + 1, out_ND.shape[1], dtype=torch.promote_types(out_ND.dtype, torch.float32)
+    )
+    sums_ED = total_ED.index_add(0, expert_N, out_ND.detach().to(total_ED.dtype))[:-1]
+    return replace(routing, extra={**routing.extra, "output_sum_ED": sums_ED})

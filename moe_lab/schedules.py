@@ -63,6 +63,11 @@ Schedule = Annotated[Curve, BeforeValidator(_number_is_constant)]
 Positive = Annotated[Schedule, AfterValidator(_stays_positive)]
 
 
+def constant(value: float) -> Curve:
+    """A number that stays: the default of an option that may be scheduled."""
+    return Curve(start=value)
+
+
 @dataclass(frozen=True)
 class Values:
     """What the schedules say at one step."""
@@ -71,6 +76,7 @@ class Values:
     noise: float
     balance: float
     bias_rate: float
+    progress: float  # fraction of the run, for curves that belong to an option
 
 
 @option("schedule", "curves")
@@ -83,4 +89,4 @@ class Schedules:
     def at(self, step: int, steps: int) -> Values:
         """Values for the update after `step` updates of `steps`; the last update sits at the end of every curve."""
         progress = step / max(1, steps - 1)
-        return Values(**{name: curve.at(progress) for name, curve in self.curves.items()})
+        return Values(**{name: curve.at(progress) for name, curve in self.curves.items()}, progress=progress)

@@ -38,8 +38,11 @@ def initialise(module: nn.Module, seed: int) -> None:
 
 
 def noise(kind: str, shape: tuple[int, ...], *key: int | str) -> torch.Tensor:
-    """Standard draws, fp32 on the CPU (so that devices agree): `gaussian` N(0, 1) or `gumbel` -log(Exp(1))."""
+    """Standard draws, fp32 on the CPU (so that devices agree): `gaussian` N(0, 1), `gumbel` -log(Exp(1)) or `uniform`
+    in [0, 1)."""
     g = generator(*key)
+    if kind == "uniform":
+        return torch.rand(shape, generator=g)
     if kind == "gaussian":
         return torch.randn(shape, generator=g)
     assert kind == "gumbel", kind

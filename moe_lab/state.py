@@ -26,6 +26,7 @@ class State:
         loop, parts = self.loop, self.loop.parts
         state = {f"recorder.{name}": t for name, t in loop.recorder.state().items()}
         state |= {f"evaluator.{name}": t for name, t in self.evaluator.state().items()} | {"sums": loop.sums}
+        state |= {f"balance.{name}": t for name, t in loop.upkeep.state().items()}
         values = {"tokens": loop.tokens, "last_row": self.last_row, "data": parts.data.fingerprint}
         model, optimizer = parts.model.state_dict(), loop.optimizer.state()
         return Checkpoint(step, _copies(model), _copies(optimizer), _copies(state), values)
@@ -47,6 +48,7 @@ class State:
         loop.optimizer.load_state(found.optimizer)
         loop.recorder.load_state(_under("recorder.", found.state))
         self.evaluator.load_state(_under("evaluator.", found.state))
+        loop.upkeep.load_state(_under("balance.", found.state))
         loop.sums.copy_(found.state["sums"])
         loop.tokens, self.last_row = int(found.values["tokens"]), int(found.values["last_row"])
 

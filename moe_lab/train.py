@@ -131,6 +131,7 @@ class Training:
         self.began = self.clock = time.monotonic()
         self.clocked = start
         if start == 0:
+            self.loop.start_from_data()
             self.alive = self.evaluator.alive(self.parts.schedules.at(0, s.steps))
         self._heed_signal()
         for done in range(start + 1, s.steps + 1):

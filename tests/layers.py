@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
 from moe_lab import seeding
 from moe_lab.config import build
 from moe_lab.model.moe import MoE
-from moe_lab.routing import Assignments, Context, Knobs, Plan, Router
+from moe_lab.routing import Context, Knobs, Plan, Router
 
 CONF = Path(__file__).parents[1] / "conf"
 AXES: dict[str, list] = {
     "k": [1, 2],
     "backward": ["selected", "dense"],
     "renormalise": [True, False],
-    "noise": ["none", "gaussian", "gumbel"],
 }
 
 
@@ -86,8 +86,11 @@ def context(
     temperature: float = 1.0,
     noise: float = 1.0,
     hard: int | None = None,
+    capacity: float | None = None,
+    **more: Any,
 ) -> Context:
-    return Context(Knobs(torch.tensor(temperature), torch.tensor(noise)), noise_TE, bias_E, hard)
+    limit = None if capacity is None else torch.tensor(capacity)
+    return Context(Knobs(torch.tensor(temperature), torch.tensor(noise), limit), noise_TE, bias_E, hard, **more)
 
 
 def draw(router: Router, T: int, *key: int | str) -> Tensor | None:
@@ -97,11 +100,11 @@ def draw(router: Router, T: int, *key: int | str) -> Tensor | None:
 
 def dense_weights(plan: Plan) -> Tensor:
     """Combine weights as a matrix [T, E], 0 where a token does not use an expert."""
-    if not isinstance(plan, Assignments):
-        return plan.weight_TE
-    T = plan.expert_TK.shape[0]
-    weight_TK = plan.weight_TK if plan.kept_TK is None else plan.weight_TK * plan.kept_TK
-    return weight_TK.new_zeros(T, plan.num_experts).scatter(1, plan.expert_TK, weight_TK)
+    like = plan.importance_E()
+    rows_N1 = plan.gather(like.new_zeros(plan.selected_TK.shape[0], 1))
+    number_N = torch.arange(len(rows_N1), device=like.device)
+    expert_N = torch.searchsorted(plan.counts_E.cumsum(0), number_N, right=True)  # E: rows of no expert
+    return plan.combine(F.one_hot(expert_N, plan.num_experts + 1)[:, :-1].to(like.dtype))
 
 
 def norm(gradients: Any) -> float:

@@ -10,7 +10,7 @@ from command import moe_lab, tree
 STATEFUL = (
     *("dataset=clusters", "dataset.tokens=4000", "dataset.domains=2", "logger=[]", "model.dim=16", "model.heads=2"),
     *("model.layers=2", "experts.num=4", "experts.width=16", "experts.capacity_factor=1.0", "router=sigmoid_topk"),
-    *("router.noise=gumbel", "balance=[switch,loss_free]", "schedule=anneal", "optim.accumulate=2", "batch_size=4"),
+    *("explore=[gumbel]", "balance=[switch,loss_free]", "schedule=anneal", "optim.accumulate=2", "batch_size=4"),
     *("seq_len=16", "eval_tokens=128"),
 )
 CLOCKS = ("wall_s",)

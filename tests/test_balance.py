@@ -4,6 +4,7 @@ Shapes: T tokens, E experts, K chosen per token.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from moe_lab import seeding
-from moe_lab.balance.base import Balancer, mean_over_layers
+from moe_lab.balance.base import Balancer, Layer, mean_over_layers
 from moe_lab.balance.load import smooth_load
 from moe_lab.config import build
 from moe_lab.routing import Assignments, Routing
@@ -202,23 +203,29 @@ def test_layers_are_averaged_and_not_pooled():
     assert mean_over_layers(balancer, [routing(BALANCED), routing(COLLAPSED)]).item() == pytest.approx(2)
 
 
+def move(balancer: Balancer, bias_E: Tensor, selected_E: Tensor, rate: float) -> None:
+    """One update of a layer whose experts were chosen so often."""
+    layer = Layer(SimpleNamespace(bias_E=bias_E))  # pyright: ignore[reportArgumentType]
+    balancer.after_step(layer, {"selected_E": selected_E}, rate, 0.0)
+
+
 def test_loss_free_by_hand():
     """Loads (6, 5, 0, 3), mean 3.5. Sign: down, down, up, up. Proportional: 1 - load/3.5 = -5/7, -3/7, 1, 1/7.
     At the mean nothing moves. The schedule's multiplier scales the rate."""
     counts_E = torch.tensor([6, 5, 0, 3])
     sign: Balancer = build("balance", {"name": "loss_free", "rate": 0.01})
     bias_E = torch.tensor([0.0, 0.0, 0.0, 1.0])
-    sign.after_step(bias_E, counts_E, 1.0)
+    move(sign, bias_E, counts_E, 1.0)
     torch.testing.assert_close(bias_E, torch.tensor([-0.01, -0.01, 0.01, 1.01]))
-    sign.after_step(bias_E, counts_E, 0.5)
+    move(sign, bias_E, counts_E, 0.5)
     torch.testing.assert_close(bias_E, torch.tensor([-0.015, -0.015, 0.015, 1.015]))
     proportional: Balancer = build("balance", {"name": "loss_free", "rate": 0.07, "update": "proportional"})
     bias_E = torch.zeros(4)
-    proportional.after_step(bias_E, counts_E, 1.0)
+    move(proportional, bias_E, counts_E, 1.0)
     torch.testing.assert_close(bias_E, torch.tensor([-0.05, -0.03, 0.07, 0.01]))
     for balancer in (sign, proportional):
         still_E = torch.ones(4)
-        balancer.after_step(still_E, torch.full((4,), 7), 1.0)
+        move(balancer, still_E, torch.full((4,), 7), 1.0)
         assert torch.equal(still_E, torch.ones(4))
 
 
@@ -235,5 +242,5 @@ def test_loss_free_evens_out_a_fixed_batch(update: str):
     for _ in range(200):
         selected_E = router(x_TE, context(bias_E=bias_E)).plan.selected_E
         max_vio.append(float(selected_E.max() / selected_E.double().mean() - 1))
-        balancer.after_step(bias_E, selected_E, 1.0)
+        move(balancer, bias_E, selected_E, 1.0)
     assert max_vio[0] > 0.5 and max_vio[-1] < 0.1

@@ -15,12 +15,12 @@ from torch._dynamo.utils import counters
 
 from moe_lab.assemble import assemble
 from moe_lab.evaluate import Evaluator
-from moe_lab.loop import Parts, contexts, examples, forward
+from moe_lab.loop import Parts, contexts_of, examples, forward
 from moe_lab.model.experts import grouped
 
 ROUTERS = sorted(path.stem for path in Path(CONF, "router").glob("*.yaml"))
 CASES = [(f"router={router}",) for router in ROUTERS] + [
-    ("router=topk", "router.k=3", "router.noise=gaussian", "experts.capacity_factor=1.25", "balance=[importance]"),
+    ("router=topk", "router.k=3", "explore=[gaussian]", "experts.capacity_factor=1.25", "balance=[importance]"),
     ("router=softmax_ste", "router.backward=dense", "experts=mlp", "experts.shared_experts=1"),
     ("router=sigmoid_topk", "balance=[loss_free]", "objective=mlm"),
 ]
@@ -66,7 +66,8 @@ def test_a_plan_keeps_what_the_graph_computed() -> None:
     reset()
     p.model.compile(backend="aot_eager", fullgraph=True)
     raw = p.data.train_batch(0, 0, 4, 32)
-    out, _ = forward(p, examples(p, raw.ids, raw.domain, torch.Generator()), contexts(p, p.schedules.at(0, 10)))
+    batch = examples(p, raw.ids, raw.domain, torch.Generator())
+    out, _ = forward(p, batch, contexts_of(p.model, p.schedules.at(0, 10), p.balancers, batch.inputs))
     assert "_order" in vars(out.routings[0].plan)
 
 

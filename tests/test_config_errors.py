@@ -39,7 +39,7 @@ MISTAKES = {
     "+router.kk=2": ["router.kk: no such key; did you mean router.k?"],
     "++router.kk=2": ["router.kk: no such key; did you mean router.k?"],
     "router.name=topp": ["router.name=topp: no such router; did you mean topk?"],
-    "router=topk router.noise.kind=x": ["router.noise"],
+    "explore=[gumbel] explore.gumbel.strength.kind=x": ["explore.gumbel.strength"],
     "router=gumbel_ste router.renormalise=true": ["it belongs to router=sigmoid_topk | router=topk"],
     "dataset.paths=[x]": ["dataset.paths: not a key of what is chosen here; it belongs to dataset=text"],
     "balance=[swich]": ["balance=swich: no such option; did you mean switch?"],

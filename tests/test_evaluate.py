@@ -70,12 +70,12 @@ def decided(*overrides: str) -> Parts:
     return parts
 
 
-VALUES = Values(temperature=0.7, noise=1.0, balance=1.0, bias_rate=1.0)
+VALUES = Values(temperature=0.7, noise=1.0, balance=1.0, bias_rate=1.0, progress=0.0)
 ROUTERS = {  # and how many experts shape the output as trained
     "dense": (["router=dense", "router.k=2"], 4),
     "soft sample": (["router=gumbel_softmax", "router.k=2"], 4),
     "hard": (["router=topk", "router.k=2"], 2),
-    "hard with noise": (["router=topk", "router.k=2", "router.noise=gumbel"], 2),
+    "hard with noise": (["router=topk", "router.k=2", "explore=[gumbel]"], 2),
 }
 
 
@@ -94,7 +94,7 @@ def test_losses_as_trained_and_with_hard_choices(router: str) -> None:
 @pytest.mark.parametrize("router", ["gumbel_ste", "noisy_topk", "gumbel_softmax"])
 def test_an_evaluation_has_no_noise_and_can_be_repeated(router: str) -> None:
     parts = decided(f"router={router}")
-    loud, silent = (Values(temperature=0.7, noise=n, balance=1.0, bias_rate=1.0) for n in (50.0, 0.0))
+    loud, silent = (Values(temperature=0.7, noise=n, balance=1.0, bias_rate=1.0, progress=0.0) for n in (50.0, 0.0))
     evaluator = Evaluator(parts)
     first, again, quiet = evaluator(loud), evaluator(loud), evaluator(silent)
     said = ("eval/loss", "eval/loss_top1", "eval/loss_topk", "eval/moe/selected", "eval/moe/importance")

@@ -27,7 +27,7 @@ MOVING = (*STATEFUL, "steps=30", "log_every=5", "eval_every=10", "checkpoint.eve
 DYING = (
     "router=topk",
     "router.k=1",
-    "router.noise=none",
+    "explore=[]",
     "balance=[]",
     "experts.num=64",
     "experts.capacity_factor=null",

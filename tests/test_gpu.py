@@ -21,9 +21,9 @@ from waiting import NoCopies, NoLists
 
 from moe_lab import load
 from moe_lab.assemble import assemble
-from moe_lab.balance.base import mean_over_layers
+from moe_lab.balance.base import Layer, mean_over_layers
 from moe_lab.evaluate import Evaluator
-from moe_lab.loop import Loop, Parts, contexts, draw_noise, examples, forward
+from moe_lab.loop import Loop, Parts, contexts, draw, examples, forward
 from moe_lab.model.transformer import Output
 from moe_lab.run import Stop
 from moe_lab.train import train
@@ -36,7 +36,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the fir
 DEVICE = "cuda"
 ROUTERS = [(f"router={path.stem}",) for path in sorted(Path(CONF, "router").glob("*.yaml"))]
 ROUTERS += [
-    (f"router={name}", f"router.noise={noise}")
+    (f"router={name}", f"explore=[{noise}]")
     for name in ("topk", "switch", "sigmoid_topk")
     for noise in ("gaussian", "gumbel")
 ]
@@ -51,8 +51,8 @@ def forward_of(*overrides: str) -> tuple[Parts, Output, Tensor]:
     parts = assemble(tiny(*overrides))
     raw = parts.data.train_batch(0, 0, 4, 32)
     batch = examples(parts, raw.ids, raw.domain, torch.Generator())
-    noise = draw_noise(parts, 4 * 32, 0, "noise", 0)
-    out, loss_T = forward(parts, batch, contexts(parts, parts.schedules.at(0, 10), noise))
+    drawn = draw(parts, 4 * 32, 0, "noise", 0, training=True)
+    out, loss_T = forward(parts, batch, contexts(parts, parts.schedules.at(0, 10), batch, drawn, training=True))
     return parts, out, loss_T.mean()
 
 
@@ -127,7 +127,8 @@ def test_balancers_agree(name: str) -> None:
             found.append({"loss": loss.detach().cpu()} | gradients(parts, loss))
             continue
         for moe, routing in zip(parts.model.moes, out.routings, strict=True):
-            balancer.after_step(moe.bias_E, routing.plan.selected_E, 1.0)
+            layer = Layer(moe, 32)
+            balancer.after_step(layer, balancer.statistics(routing, layer), 1.0, 0.0)
         found.append({str(i): moe.bias_E.cpu() for i, moe in enumerate(parts.model.moes)})
     assert found[0] and any(t.any() for t in found[0].values())
     torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=1e-6)

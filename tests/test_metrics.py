@@ -145,7 +145,7 @@ def test_churn_by_hand():
     before = torch.tensor([[[0, 1], [2, 3]]])
     # the order among the k does not count; one of four choices changed; all did
     for now, expected in (([[1, 0], [3, 2]], 0), ([[1, 0], [2, 0]], 1 / 4), ([[2, 3], [0, 1]], 1)):
-        assert dynamics.churn(before, torch.tensor([now])).tolist() == [expected]
+        assert dynamics.churn(before, torch.tensor([now]), 4).tolist() == [expected]
 
 
 def test_router_cosines_by_hand():

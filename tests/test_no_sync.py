@@ -25,8 +25,8 @@ ROUTERS = sorted(path.stem for path in Path(CONF, "router").glob("*.yaml"))
 BALANCERS = sorted(path.stem for path in Path(CONF, "balance").glob("*.yaml"))
 NEEDS = {"load": "router=noisy_topk", "loss_free": "router=sigmoid_topk"}
 OTHERS = [
-    ("router=topk", "router.k=3", "router.noise=gaussian"),
-    ("router=switch", "router.noise=gumbel", "schedule=anneal"),
+    ("router=topk", "router.k=3", "explore=[gaussian]"),
+    ("router=switch", "explore=[gumbel]", "schedule=anneal"),
     ("router=softmax_ste", "router.backward=dense"),
     ("experts=mlp", "experts.capacity_factor=1.25", "experts.shared_experts=1"),
     ("objective=mlm", "optim.accumulate=2"),

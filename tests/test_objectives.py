@@ -13,7 +13,7 @@ from tiny import tiny
 from moe_lab import load
 from moe_lab.assemble import assemble
 from moe_lab.cost import cost
-from moe_lab.loop import contexts
+from moe_lab.loop import contexts_of
 from moe_lab.model.moe import MoE
 from moe_lab.objectives import CLM, MLM
 from moe_lab.schedules import Values
@@ -21,7 +21,7 @@ from moe_lab.seeding import generator
 from moe_lab.train import train
 
 V = 64
-VALUES = Values(temperature=1.0, noise=0.0, balance=1.0, bias_rate=1.0)
+VALUES = Values(temperature=1.0, noise=0.0, balance=1.0, bias_rate=1.0, progress=0.0)
 
 
 def test_clm_predicts_each_next_token() -> None:
@@ -58,7 +58,7 @@ def test_who_sees_what_comes_later(objective: str) -> None:
     changed = ids.clone()
     changed[:, 20] = (changed[:, 20] + 1) % V
     with torch.no_grad():
-        before, after = (parts.model(x, contexts(parts, VALUES)).logits_BSV for x in (ids, changed))
+        before, after = (parts.model(x, contexts_of(parts.model, VALUES, {}, x)).logits_BSV for x in (ids, changed))
     moved_S = (before - after).abs().amax((0, 2))
     assert (moved_S[20:] > 0).all()
     assert (moved_S[:20] > 0).all() if objective == "mlm" else torch.equal(before[:, :20], after[:, :20])
@@ -71,7 +71,7 @@ def test_masked_training_loss_is_the_mean_over_hidden_tokens(tmp_path: Path) -> 
     raw = parts.data.train_batch(0, 0, 4, 32)
     inputs, _, _ = MLM().targets(raw.ids, V, generator(0, "mask", 0))
     with torch.no_grad():
-        logits_BSV = parts.model(inputs, contexts(parts, VALUES)).logits_BSV
+        logits_BSV = parts.model(inputs, contexts_of(parts.model, VALUES, {}, inputs)).logits_BSV
     hidden = inputs == V
     assert 0 < hidden.sum() < hidden.numel()
     expected = F.cross_entropy(logits_BSV[hidden], raw.ids[:, :-1][hidden]).item()

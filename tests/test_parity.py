@@ -127,7 +127,7 @@ def test_switch_block_and_its_capacity(capacity: int):
     block = hf("switch_transformers").SwitchTransformersSparseMLP(config).double().eval()
     block.router.dtype = torch.float64
     factor = capacity * E / T
-    ours = make_moe(preset("router", "switch"), D, E, "mlp", width=F, capacity_factor=factor)
+    ours = make_moe(preset("router", "switch"), D, E, "mlp", width=F)
     experts = [block.experts[f"expert_{e}"] for e in range(E)]
     set_weights({block.router.classifier.weight: ours.router.weight_ED})
     for e, expert in enumerate(experts):
@@ -135,7 +135,7 @@ def test_switch_block_and_its_capacity(capacity: int):
 
     x_TD, c_TD = randn(T, D).requires_grad_(), randn(T, D, key=("c",))
     x_1TD = x_TD.detach()[None].requires_grad_()
-    y_TD, routing = ours(x_TD, context())
+    y_TD, routing = ours(x_TD, context(capacity=factor))
     theirs = block(x_1TD)[0]
     (y_TD * c_TD).sum().backward()
     (theirs * c_TD).sum().backward()

@@ -3,16 +3,17 @@
 Shapes: T tokens, D width, E experts, K chosen per token, N rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from layers import dense_weights, grad, make_moe, preset, randn
+from layers import context, dense_weights, grad, make_moe, preset, randn
 from torch import Tensor
 from torch.autograd import Function, gradcheck
 
-from moe_lab.routing import Assignments, Context, Knobs, Mixture, Plan
+from moe_lab.routing import Assignments, Mixture, Plan, Rows
 
 T, D, E, K = 7, 3, 4, 2
 
@@ -55,19 +56,34 @@ class Undefined(Function):
 
 
 def naive(plan: Plan, x_TD: Tensor, scale_ED: Tensor) -> Tensor:
-    """y_t = sum over the kept choices of weight * expert(x_t), one at a time."""
-    rows = []
-    for t in range(len(x_TD)):
-        y_D = torch.zeros(D, dtype=torch.float64)
-        if isinstance(plan, Assignments):
-            for j, e in enumerate(plan.expert_TK[t].tolist()):
-                if plan.kept_TK is None or plan.kept_TK[t, j]:
-                    y_D = y_D + plan.weight_TK[t, j] * torch.tanh(scale_ED[e] * x_TD[t])
-        else:
-            for e in range(E):
-                y_D = y_D + plan.weight_TE[t, e] * torch.tanh(scale_ED[e] * x_TD[t])
-        rows.append(y_D)
+    """y_t = sum over the choices that are computed of weight * expert(x_t), one at a time."""
+    rows = [torch.zeros(D, dtype=torch.float64) for _ in x_TD]
+    for t, e, weight in computed(plan):
+        rows[t] = rows[t] + weight * torch.tanh(scale_ED[e] * x_TD[t])
     return torch.stack(rows)
+
+
+def computed(plan: Plan) -> Iterator[tuple[int, int, Tensor]]:
+    """(token, expert, weight) of each choice that is chosen and kept."""
+    if isinstance(plan, Assignments):
+        for t, experts in enumerate(plan.expert_TK.tolist()):
+            for j, e in enumerate(experts):
+                if all(mask is None or mask[t, j] for mask in (plan.kept_TK, plan.chosen_TK)):
+                    yield t, e, plan.weight_TK[t, j]
+    elif isinstance(plan, Mixture):
+        yield from ((t, e, plan.weight_TE[t, e]) for t in range(T) for e in range(E))
+    else:
+        for e, tokens in enumerate(plan.token_EC.tolist()):
+            yield from ((t, e, plan.weight_EC[e, c]) for c, t in enumerate(tokens))
+
+
+def weight_of(plan: Plan) -> Tensor:
+    return getattr(plan, WEIGHT[type(plan)])
+
+
+WEIGHT = {Assignments: "weight_TK", Mixture: "weight_TE", Rows: "weight_EC"}
+# Token 1 has one choice, token 3 none; of the experts, 2 gets no token.
+CHOSEN = torch.tensor([[True, True], [True, False], [True, True], [False, False], *[[True, True]] * (T - 4)])
 
 
 PLANS: dict[str, Callable[[], Plan]] = {
@@ -77,13 +93,16 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "limited to one row": lambda: assignments(UNEVEN).limit(0.01),
     "all dropped": lambda: assignments(UNEVEN, kept_TK=torch.zeros(T, K, dtype=torch.bool)),
     "mixture": mixture,
+    "ragged": lambda: assignments(UNEVEN, chosen_TK=CHOSEN),
+    "ragged and limited": lambda: assignments(UNEVEN, chosen_TK=CHOSEN).limit(0.5),
+    "expert choice": lambda: Rows(torch.tensor([[0, 2], [2, 3], [1, 0], [2, 0]]), weights(E, 2), T),
 }
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_gather_and_combine_equal_a_naive_loop(name: str):
     plan = PLANS[name]()
-    weight = plan.weight_TK if isinstance(plan, Assignments) else plan.weight_TE
+    weight = weight_of(plan)
     found = []
     for fast in (True, False):
         x_TD, scale_ED = randn(T, D).requires_grad_(), randn(E, D, key=("scale",)).requires_grad_()
@@ -97,18 +116,32 @@ def test_gather_and_combine_equal_a_naive_loop(name: str):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["ragged", "ragged and limited", "expert choice"])
+@pytest.mark.parametrize("groups", [1, 7])
+def test_counts_and_mass_by_stretch(name: str, groups: int):
+    """T = 7 tokens, as a whole and one by one, by hand from the choices."""
+    plan = PLANS[name]()
+    selected_GE, mass_GE = torch.zeros(groups, E, dtype=torch.int64), torch.zeros(groups, E, dtype=torch.float64)
+    everything = replace(plan, kept_TK=None) if isinstance(plan, Assignments) else plan
+    for t, e, weight in computed(everything):
+        selected_GE[t * groups // T, e] += 1
+        mass_GE[t * groups // T, e] += weight.detach()
+    assert torch.equal(plan.selected(groups), selected_GE) and torch.equal(plan.selected_E, selected_GE.sum(0))
+    torch.testing.assert_close(plan.mass(groups), mass_GE)
+    torch.testing.assert_close(plan.importance_E(), mass_GE.sum(0))
+    chosen = [sorted(e for t, e, _ in computed(everything) if t == token) for token in range(T)]
+    assert [sorted(e for e in row if e < E) for row in plan.selected_TK.tolist()] == chosen
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_gradients_against_finite_differences(name: str):
     plan = PLANS[name]()
 
     def layer(x_TD: Tensor, scale_ED: Tensor, weight: Tensor) -> Tensor:
-        if isinstance(plan, Assignments):
-            same: Plan = Assignments(plan.expert_TK, weight, E, plan.kept_TK)
-        else:
-            same = Mixture(weight, plan.selected_TK)
+        same = replace(plan, **{WEIGHT[type(plan)]: weight})
         return same.combine(fake_experts(same.gather(x_TD), same.counts_E, scale_ED))
 
-    weight = plan.weight_TK if isinstance(plan, Assignments) else plan.weight_TE
+    weight = weight_of(plan)
     inputs = (randn(T, D).requires_grad_(), randn(E, D, key=("scale",)).requires_grad_(), weight)
     assert gradcheck(layer, inputs)
 
@@ -142,9 +175,9 @@ def test_capacity_in_rows(tokens: int, factor: float, rows: int):
 
 
 def test_a_token_dropped_everywhere_keeps_its_residual_and_gets_no_gradient_here():
-    moe = make_moe(preset("router", "switch"), D, E, experts="mlp", capacity_factor=0.01, backend="loop")
+    moe = make_moe(preset("router", "switch"), D, E, experts="mlp", backend="loop")
     x_TD = randn(T, D).requires_grad_()
-    y_TD, routing = moe(x_TD, Context(Knobs(torch.tensor(1.0), torch.tensor(1.0))))
+    y_TD, routing = moe(x_TD, context(capacity=0.01))
     y_TD.sum().backward()
     assert isinstance(routing.plan, Assignments) and routing.plan.kept_TK is not None
     gone_T = ~routing.plan.kept_TK.any(-1)
@@ -157,7 +190,7 @@ def test_a_token_dropped_everywhere_keeps_its_residual_and_gets_no_gradient_here
 def test_all_dropped_is_zero_with_zero_gradients(backend: str):
     moe = make_moe(preset("router", "topk"), 16, E, dtype=torch.float32, backend=backend)
     x_TD = randn(T, 16).float().requires_grad_()
-    routing = moe.router(x_TD, Context(Knobs(torch.tensor(1.0), torch.tensor(1.0))))
+    routing = moe.router(x_TD, context())
     assert isinstance(routing.plan, Assignments)
     plan = Assignments(routing.plan.expert_TK, routing.plan.weight_TK, E, torch.zeros(T, 2, dtype=torch.bool))
     y_TD = plan.combine(moe.experts(plan.gather(x_TD), plan.counts_E))

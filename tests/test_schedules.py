@@ -48,13 +48,14 @@ def test_first_and_last_update_sit_at_the_ends():
 def test_a_bare_number_is_a_constant():
     schedules = build("schedule", {"name": "curves", "temperature": 0.7, "noise": 0, "balance": 2, "bias_rate": 1.5})
     for step in (0, 50, 99):
-        assert vars(schedules.at(step, 100)) == {"temperature": 0.7, "noise": 0, "balance": 2, "bias_rate": 1.5}
+        numbers = {"temperature": 0.7, "noise": 0, "balance": 2, "bias_rate": 1.5}
+        assert vars(schedules.at(step, 100)) == numbers | {"progress": step / 99}
 
 
 def test_presets():
     constant, anneal = (build("schedule", preset("schedule", name)) for name in ("constant", "anneal"))
     for step in (0, 500, 1000):
-        assert vars(constant.at(step, 1001)) == dict.fromkeys(ALL, 1.0)
+        assert vars(constant.at(step, 1001)) == dict.fromkeys(ALL, 1.0) | {"progress": step / 1000}
     # Until 80 %: temperature 2 * 4^-x and noise 1 - x. At 40 % of the run x is a half.
     for step, temperature, noise in ((0, 2.0, 1.0), (400, 1.0, 0.5), (800, 0.5, 0.0), (1000, 0.5, 0.0)):
         values = anneal.at(step, 1001)

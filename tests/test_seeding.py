@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_lab import seeding
 from moe_lab.assemble import assemble
 from moe_lab.config import build
-from moe_lab.loop import Parts, draw_noise
+from moe_lab.loop import Parts, draw
 from moe_lab.model.transformer import Transformer
 
 
@@ -95,13 +95,13 @@ def cfg() -> dict[str, Any]:
     names = {"dataset": "clusters", "objective": "clm", "optim": "adamw", "schedule": "constant"}
     small = {"model": preset("model", "nano", dim=16, heads=2), "experts": preset("experts", "mlp", num=4, width=16)}
     small |= {group: preset(group, name) for group, name in names.items()}
-    return root | small | {"balance": {}, "seq_len": 32, "batch_size": 2, "steps": 4, "device": "cpu"}
+    return root | small | {"balance": {}, "explore": {}, "seq_len": 32, "batch_size": 2, "steps": 4, "device": "cpu"}
 
 
 def test_runs_that_differ_in_router_and_balancers_share_weights_batches_and_noise(cfg: dict[str, Any]):
     balance = {name: preset("balance", name) for name in ("switch", "z_loss", "loss_free")}
     runs: list[Parts] = [
-        assemble(cfg | {"router": preset("router", "switch", noise="gumbel"), "balance": {}}),
+        assemble(cfg | {"router": preset("router", "switch"), "explore": {"gumbel": preset("explore", "gumbel")}}),
         assemble(cfg | {"router": preset("router", "gumbel_ste"), "balance": balance}),
     ]
     weights = [dict(parts.model.named_parameters()) for parts in runs]
@@ -110,14 +110,14 @@ def test_runs_that_differ_in_router_and_balancers_share_weights_batches_and_nois
     for step in (0, 3):
         first, second = (parts.data.train_batch(0, step, 2, 32) for parts in runs)
         assert torch.equal(first.ids, second.ids) and torch.equal(first.domain, second.domain)
-        for one, other in zip(*(draw_noise(parts, 64, 0, "noise", step) for parts in runs), strict=True):
-            assert one is not None and other is not None and torch.equal(one, other)
+        for one, other in zip(*(draw(parts, 64, 0, "noise", step, training=True) for parts in runs), strict=True):
+            assert other.noise_TE is not None and torch.equal(one.explorers[0]["logits"], other.noise_TE)
     assert not torch.equal(runs[0].data.train_batch(0, 0, 2, 32).ids, runs[0].data.train_batch(0, 1, 2, 32).ids)
 
 
 def test_layers_draw_their_own_noise(cfg: dict[str, Any]):
     parts = assemble(cfg | {"router": preset("router", "gumbel_ste")})
-    first, second = draw_noise(parts, 64, 0, "noise", 0)
+    first, second = (d.noise_TE for d in draw(parts, 64, 0, "noise", 0, training=True))
     assert first is not None and second is not None and first.shape == (64, 4)
     assert not torch.equal(first, second)
 

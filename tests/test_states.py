@@ -20,12 +20,12 @@ STATES = {
     # A bias whose step is as large as the scores: every update empties the fullest expert.
     "oscillating": [*SIGMOID, "balance=[loss_free]", "balance.loss_free.rate=0.3"],
     # Noise a hundred times the logits: the choice is a die, though the clean gate ...
-    "undecided": ["router=switch", "router.noise=gumbel", "router.noise_std=20"],
+    "undecided": ["router=switch", "explore=[gumbel]", "explore.gumbel.strength=20"],
     # ... may be made sure of itself by a low temperature.
     "balanced but unspecialised": [
         "router=switch",
-        "router.noise=gumbel",
-        "router.noise_std=20",
+        "explore=[gumbel]",
+        "explore.gumbel.strength=20",
         "schedule.temperature=0.1",
     ],
 }

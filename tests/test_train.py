@@ -112,7 +112,7 @@ def test_dense_baseline_trains_and_has_no_moe_metrics(tmp_path: Path) -> None:
 
 MOVING = [
     "router=sigmoid_topk",
-    "router.noise=gumbel",
+    "explore=[gumbel]",
     "balance=[switch,loss_free]",
     "schedule=anneal",
     "optim.accumulate=2",

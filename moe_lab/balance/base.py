@@ -4,30 +4,55 @@ Shapes: T tokens, E experts, K chosen per token, L MoE layers.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_lab.model.moe import MoE
 from moe_lab.routing import Routing
+from moe_lab.schedules import Curve
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a balancer knows of one MoE layer beside a micro-batch's routing.
+
+    seq_len: tokens are sequences of so many. earlier: its own statistics, summed over the micro-batches of this update
+    that came before. state: its own state of this layer, which checkpoints hold; only `after_step` changes it.
+    """
+
+    moe: MoE | None = None
+    seq_len: int | None = None
+    earlier: Mapping[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Balancer:
-    """Both hooks do nothing in the base. `loss` is per layer and unweighted; the loop averages layers and weighs it.
+    """Every hook does nothing in the base. `loss` is per layer and unweighted; the loop averages layers and weighs it.
 
-    `weight` is None for balancers without a loss. A balancer that `moves_bias` is given each layer's selected counts,
-    summed over the micro-batches of the update.
+    `weight` is None for balancers without a loss. At most one balancer of a run `moves_bias`, the layer's selection
+    bias, in `after_step`.
     """
 
-    weight: float | None = None
+    weight: Curve | None = None
     moves_bias = False
 
-    def loss(self, routing: Routing) -> Tensor:
-        """0-dim fp32, with gradients to the router."""
+    def loss(self, routing: Routing, layer: Layer = Layer()) -> Tensor:
+        """0-dim fp32, with gradients to the router (or to the experts)."""
         raise NotImplementedError
 
-    def after_step(self, bias_E: Tensor, selected_E: Tensor, rate: float) -> None:
-        """Move one layer's selection bias in place, from the counts of the update and the schedule's multiplier."""
+    def start(self, moe: MoE) -> dict[str, Tensor]:
+        """The state of one layer before the first update."""
+        return {}
+
+    def statistics(self, routing: Routing, layer: Layer) -> dict[str, Tensor]:
+        """What `after_step`, or `loss` in a later micro-batch, needs: sums over tokens, detached."""
+        return {}
+
+    def after_step(self, layer: Layer, stats: Mapping[str, Tensor], rate: float, progress: float) -> None:
+        """Move `layer.moe.bias_E` or `layer.state` from the statistics of an update; rate is schedule.bias_rate."""
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
@@ -42,6 +67,7 @@ def cv_squared(x_E: Tensor) -> Tensor:
     return x_E.var(unbiased=False) / x_E.mean().square()
 
 
-def mean_over_layers(balancer: Balancer, routings: Sequence[Routing]) -> Tensor:
+def mean_over_layers(balancer: Balancer, routings: Sequence[Routing], layers: Sequence[Layer] | None = None) -> Tensor:
     """Each layer's own loss, then their mean: pooling the layers first would hide a collapse in one of them."""
-    return torch.stack([balancer.loss(routing) for routing in routings]).mean()
+    layers = layers or [Layer()] * len(routings)
+    return torch.stack([balancer.loss(r, layer) for r, layer in zip(routings, layers, strict=True)]).mean()

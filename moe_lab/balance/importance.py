@@ -1,13 +1,11 @@
 """Shazeer's importance loss."""
 
-from typing import Annotated
-
-from pydantic import Field
 from torch import Tensor
 
-from moe_lab.balance.base import Balancer, cv_squared
+from moe_lab.balance.base import Balancer, Layer, cv_squared
 from moe_lab.config import option
 from moe_lab.routing import Routing
+from moe_lab.schedules import Schedule, constant
 
 
 @option("balance", "importance")
@@ -17,8 +15,8 @@ class Importance(Balancer):
     0 at balance, E - 1 at collapse (E/k - 1 where k experts share all weight equally).
     """
 
-    def __init__(self, *, weight: Annotated[float, Field(ge=0)] = 0.1):
+    def __init__(self, *, weight: Schedule = constant(0.1)):
         self.weight = weight
 
-    def loss(self, routing: Routing) -> Tensor:
+    def loss(self, routing: Routing, layer: Layer = Layer()) -> Tensor:
         return cv_squared(routing.plan.importance_E())

@@ -1,15 +1,15 @@
 """Shazeer's load loss: the expected number of tokens per expert, smooth through the router's noise."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from moe_lab.balance.base import Balancer, cv_squared
+from moe_lab.balance.base import Balancer, Layer, cv_squared
 from moe_lab.config import option, registered
 from moe_lab.routing import Routing
+from moe_lab.schedules import Schedule, constant
 
 
 @option("balance", "load")
@@ -18,20 +18,20 @@ class Load(Balancer):
     chosen (arXiv 1701.06538, appendix A). 0 at balance, E/k - 1 at collapse onto k experts.
     """
 
-    def __init__(self, *, weight: Annotated[float, Field(ge=0)] = 0.1):
+    def __init__(self, *, weight: Schedule = constant(0.1)):
         self.weight = weight
 
-    def loss(self, routing: Routing) -> Tensor:
+    def loss(self, routing: Routing, layer: Layer = Layer()) -> Tensor:
         return cv_squared(smooth_load(routing))
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         router = cfg["router"]
-        noise = router.get("noise", registered("router")[router["name"]].noise)
-        if noise != "gaussian":
+        noise = registered("router")[router["name"]].noise
+        if noise != "gaussian" and "gaussian" not in cfg["explore"]:
             return [
                 f"balance.load: needs Gaussian noise on the logits, router={router['name']} has {noise}; "
-                "try router=noisy_topk or router.noise=gaussian"
+                "try router=noisy_topk or explore=[gaussian]"
             ]
         if "loss_free" in cfg["balance"]:
             return ["balance.load: knows nothing of the bias that balance.loss_free moves; take one of them"]

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from moe_lab.balance.base import Balancer
+from moe_lab.balance.base import Balancer, Layer
 from moe_lab.config import option, registered
+from moe_lab.routing import Routing
 
 
 @option("balance", "loss_free")
@@ -25,15 +26,21 @@ class LossFree(Balancer):
     ):
         self.rate, self.update = rate, update
 
-    def after_step(self, bias_E: Tensor, selected_E: Tensor, rate: float) -> None:
-        mean = selected_E.float().mean()
-        error_E = mean - selected_E
+    def statistics(self, routing: Routing, layer: Layer) -> dict[str, Tensor]:
+        return {"selected_E": routing.plan.selected_E}
+
+    def after_step(self, layer: Layer, stats: Mapping[str, Tensor], rate: float, progress: float) -> None:
+        assert layer.moe is not None
+        load_E = stats["selected_E"]
+        mean = load_E.float().mean()
+        error_E = mean - load_E
         step_E = error_E.sign() if self.update == "sign" else error_E / mean
-        bias_E += self.rate * rate * step_E
+        layer.moe.bias_E += self.rate * rate * step_E
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         router = cfg["router"]
-        if registered("router")[router["name"]].every_expert:
-            return [f"balance.loss_free: router={router['name']} runs every expert, so there is no choice to bias"]
+        kind = registered("router")[router["name"]]
+        if kind.every_expert or not kind.scored:
+            return [f"balance.loss_free: router={router['name']} makes no choice by scores that a bias could move"]
         return []

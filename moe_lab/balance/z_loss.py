@@ -1,13 +1,11 @@
 """ST-MoE's router z-loss."""
 
-from typing import Annotated
-
-from pydantic import Field
 from torch import Tensor
 
-from moe_lab.balance.base import Balancer
+from moe_lab.balance.base import Balancer, Layer
 from moe_lab.config import option
 from moe_lab.routing import Routing
+from moe_lab.schedules import Schedule, constant
 
 
 @option("balance", "z_loss")
@@ -17,8 +15,8 @@ class ZLoss(Balancer):
     (log E)^2 at zero logits; grows with the square of the logits, collapsed or not.
     """
 
-    def __init__(self, *, weight: Annotated[float, Field(ge=0)] = 0.001):
+    def __init__(self, *, weight: Schedule = constant(0.001)):
         self.weight = weight
 
-    def loss(self, routing: Routing) -> Tensor:
+    def loss(self, routing: Routing, layer: Layer = Layer()) -> Tensor:
         return routing.logits_TE.logsumexp(-1).square().mean()

@@ -21,7 +21,7 @@ class Bytes:
     """Token = byte."""
 
     vocab_size = 256
-    about: dict[str, Any] = {"name": "byte"}  # noqa: RUF012 never changed
+    about: dict[str, Any] = {"name": "byte"}
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """A token array per text."""

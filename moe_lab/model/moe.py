@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab.model.experts import Experts, FeedForward
-from moe_lab.routing import Assignments, Context, Router, Routing
+from moe_lab.routing import Assignments, Context, Router, Routing, with_outputs
 
 
 class MoE(nn.Module):
@@ -27,10 +27,15 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor, ctx: Context) -> tuple[Tensor, Routing]:
         routing = self.router(x_TD, ctx)
         plan = routing.plan
-        if self.experts.capacity_factor is not None and isinstance(plan, Assignments):
-            plan = plan.limit(self.experts.capacity_factor)
+        if ctx.knobs.capacity is not None and isinstance(plan, Assignments):
+            plan = plan.limit(ctx.knobs.capacity, ctx.hard or self.router.k)
             routing = replace(routing, plan=plan)
-        y_TD = plan.combine(self.experts(plan.gather(x_TD), plan.counts_E))
+        out_ND = self.experts(plan.gather(x_TD), plan.counts_E)
+        y_TD = plan.combine(out_ND)
+        if self.router.wants_outputs:
+            routing = with_outputs(routing, out_ND)
+        if routing.offset_TD is not None:
+            y_TD = y_TD + routing.offset_TD.to(y_TD.dtype)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD, routing

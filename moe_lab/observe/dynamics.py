@@ -91,10 +91,10 @@ declare(
 )
 
 
-def churn(before_LTK: Tensor, now_LTK: Tensor) -> Tensor:
-    """Choices of the same tokens [L, T, K] at two times -> [L]."""
-    same_LTK = (before_LTK[:, :, :, None] == now_LTK[:, :, None, :]).any(-1)
-    return 1 - same_LTK.double().mean((-2, -1))
+def churn(before_LTK: Tensor, now_LTK: Tensor, E: int) -> Tensor:
+    """Choices of the same tokens [L, T, K] at two times -> [L]; E stands for no choice."""
+    same_LTK = (before_LTK[:, :, :, None] == now_LTK[:, :, None, :]).any(-1) & (before_LTK < E)
+    return 1 - same_LTK.sum((-2, -1)).double() / (before_LTK < E).sum((-2, -1))
 
 
 declare(

@@ -45,7 +45,9 @@ class Probe:
         selected_LTK = torch.stack([r.plan.selected_TK[:T] for r in view.routings])
         logits_LTE = torch.stack([r.logits_TE[:T] for r in view.routings])
         self.choices.append(selected_LTK)
-        self.scores.append(logits_LTE.gather(2, selected_LTK).flatten(1))
+        E = logits_LTE.shape[2]  # stands for no choice: no pair
+        scores_LTK = logits_LTE.gather(2, selected_LTK.clamp_max(E - 1))
+        self.scores.append(scores_LTK.masked_fill(selected_LTK == E, math.nan).flatten(1))
         layers = zip(self.moes, view.inputs, selected_LTK, strict=True)
         self.activations.append(torch.stack([mean_activation(moe, x_TD[:T], s_TK) for moe, x_TD, s_TK in layers]))
 
@@ -55,12 +57,13 @@ class Probe:
         if not self.moes:
             return {}
         found = {}
-        scores_LN, activations_LN = torch.cat(self.scores, 1), torch.cat(self.activations, 1)
-        found["score_act_pearson"] = geometry.pearson(scores_LN, activations_LN)
-        found["score_act_spearman"] = geometry.spearman(scores_LN, activations_LN)
+        pairs = list(zip(torch.cat(self.scores, 1), torch.cat(self.activations, 1), strict=True))
+        for name, of in {"pearson": geometry.pearson, "spearman": geometry.spearman}.items():
+            layers = [of(z_N[None, ~z_N.isnan()], a_N[None, ~z_N.isnan()])[0] for z_N, a_N in pairs]
+            found[f"score_act_{name}"] = torch.stack(layers)
         choices_LTK, before = torch.cat(self.choices, 1), self.before_LTK
         unknown_L = torch.full((len(self.moes),), math.nan, device=choices_LTK.device)
-        found["churn"] = unknown_L if before is None else dynamics.churn(before, choices_LTK)
+        found["churn"] = unknown_L if before is None else dynamics.churn(before, choices_LTK, self.moes[0].experts.num)
         self.before_LTK = choices_LTK
         self._start()
         return to_host(found)
@@ -74,11 +77,12 @@ class Probe:
 
 
 def mean_activation(moe: MoE, x_TD: Tensor, selected_TK: Tensor) -> Tensor:
-    """Mean over neurons of the input-side activations of each (token, chosen expert), [T * K] in token order."""
+    """Mean over neurons of the input-side activations of each (token, chosen expert), [T * K] in token order;
+    undefined where there is no choice."""
     K = selected_TK.shape[1]
     key_N = selected_TK.flatten()
     order_N = key_N.argsort(stable=True)
-    hidden_NF = moe.experts.hidden(x_TD[order_N // K], count(key_N, moe.experts.num))
+    hidden_NF = moe.experts.hidden(x_TD[order_N // K], count(key_N, moe.experts.num + 1)[:-1])
     mean_N = torch.empty(len(key_N), dtype=torch.float64, device=x_TD.device)
     mean_N[order_N] = hidden_NF.double().mean(-1)
     return mean_N

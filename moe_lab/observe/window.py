@@ -89,7 +89,10 @@ class Window:
             self.sums |= zip(widths, whole.split(list(widths.values()), -1), strict=True)
             return whole
 
-        self._joint_LEC = table(torch.int64, (L, E), sizes.classes)
+        # Behind the table that counts, a row for tokens without a choice.
+        self._joint = torch.zeros((L * E + 1) * sum(sizes.classes.values()), dtype=torch.int64, device=device)
+        self._joint_LEC = self._joint[: -sum(sizes.classes.values())].view(L, E, -1)
+        self.sums |= zip(sizes.classes, self._joint_LEC.split(list(sizes.classes.values()), -1), strict=True)
         self._counts = table(torch.int64, (L,), dict.fromkeys(("selected", "kept", "top1", "counted"), E))
         self._values = table(torch.float64, (L,), dict.fromkeys(("importance", "gate_mass", "loss"), E))
         scalars = ("entropy", "logit_norm", "logsumexp", "by_sequence", "flutter", "pairs", "by_update")
@@ -103,7 +106,7 @@ class Window:
             name: torch.zeros(L, E, *more, dtype=torch.float64, device=device)
             for name, more in {"before": (), "centroid_count": (), "centroid_sum": (sizes.D,)}.items()
         }
-        self._one_hot_EE = torch.eye(E, device=device)
+        self._one_hot_XE = torch.eye(E + 1, E, device=device)  # the last row, all zero: no choice
         self._first_L11 = E * torch.arange(L, device=device)[:, None, None]
 
     def reset(self) -> None:
@@ -121,8 +124,12 @@ class Window:
         kept_LE = selected_LE if dropless else torch.stack([plan.kept_E for plan in plans])
         L, T, K = selected_LTK.shape
         row_LTK = selected_LTK + self._first_L11  # experts of all layers, numbered through
-        top1_LE = selected_LE if K == 1 else count(row_LTK[:, :, 0].flatten(), selected_LE.numel()).view_as(selected_LE)
-        chosen_LTKE = self._one_hot_EE.index_select(0, selected_LTK.flatten()).view(L, T, K, -1)
+        if any(plan.ragged for plan in plans):  # no choice: behind the last layer's last expert
+            row_LTK = torch.where(selected_LTK < self.sizes.E, row_LTK, L * self.sizes.E)
+        top1_LE = selected_LE
+        if K > 1:
+            top1_LE = count(row_LTK[:, :, 0].flatten(), L * self.sizes.E + 1)[:-1].view_as(selected_LE)
+        chosen_LTKE = self._one_hot_XE.index_select(0, selected_LTK.flatten()).view(L, T, K, -1)
         chosen_LTE = chosen_LTKE[:, :, 0] if K == 1 else chosen_LTKE.sum(2)
         loss_LE, counted_LE = self._losses(view, chosen_LTE)
         importance_LE, *scores = self._gates(view)
@@ -151,7 +158,7 @@ class Window:
     def _histograms(self, view: View, row_LTK: Tensor) -> Tensor:
         """Joint counts of chosen expert and domain, token, position, all by one scatter into their columns.
 
-        Returns the sum of n ln n over the counts n of (expert, sequence) [L].
+        Returns sum_se n ln n - sum_s n ln n over the counts n of (sequence, expert) and of sequences [L].
         """
         L, E, C = self._joint_LEC.shape
         T, S, sizes = row_LTK.shape[1], view.seq_len, self.sizes
@@ -160,9 +167,10 @@ class Window:
         # In the order of Sizes.classes, each behind the columns of those before it.
         class_3T = torch.stack([view.domain_T, token_T + sizes.domains, position_T + (C - sizes.position_classes)])
         cell_N = (row_LTK * C + class_3T[:, None, :, None]).flatten()
-        self._joint_LEC.view(-1).scatter_add_(0, cell_N, torch.ones_like(cell_N))
-        by_sequence = count((row_LTK * (T // S) + sequence_T[:, None]).flatten(), L * E * (T // S))
-        return n_log_n(by_sequence).view(L, -1).sum(-1)
+        self._joint.scatter_add_(0, cell_N, torch.ones_like(cell_N))
+        cell_N = (row_LTK * (T // S) + sequence_T[:, None]).flatten()
+        by_sequence_LEB = count(cell_N, (L * E + 1) * (T // S))[: L * E * (T // S)].view(L, E, -1)
+        return n_log_n(by_sequence_LEB).sum((-2, -1)) - n_log_n(by_sequence_LEB.sum(1)).sum(-1)
 
     def _losses(self, view: View, chosen_LTE: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of an expert's tokens and how many of them carry one, [L, E] each.
@@ -191,10 +199,11 @@ class Window:
     def _close(self) -> None:
         """End of an update: its load against the one before, and a little less weight for old centroids."""
         running, pending_LE = self.running, self._pending_LE
-        load_LE = pending_LE / pending_LE.sum(-1, keepdim=True)
+        total_L1 = pending_LE.sum(-1, keepdim=True)
+        load_LE = pending_LE / total_L1.clamp_min(1)
         known_L = running["before"].sum(-1) > 0
         moved_L = (load_LE - running["before"]).abs().sum(-1) / 2 * known_L  # as dynamics.total_variation
-        self._scalars[4:] += torch.stack([moved_L, known_L, n_log_n(pending_LE).sum(-1)])
+        self._scalars[4:] += torch.stack([moved_L, known_L, n_log_n(pending_LE).sum(-1) - n_log_n(total_L1)[:, 0]])
         self.updates += 1
         running["before"].copy_(load_LE)
         pending_LE.zero_()
@@ -204,14 +213,11 @@ class Window:
     def sequence_information(self) -> tuple[Tensor, Tensor]:
         """Nats between choice and sequence, in the window and inside its updates (mean over them), [L] each.
 
-        I = (sum_se n ln n - sum_s n ln n - sum_e n ln n + N ln N) / N, where n counts choices: additive sums.
+        I = (sum_se n ln n - sum_s n ln n - sum_e n ln n + N ln N) / N, where n counts the N choices: additive sums.
         """
-        N = self.tokens * self.sizes.k
-        each = N / self.sequences
-        by_sequence_L = self.sums["by_sequence"] - self.sequences * each * math.log(each)
-        by_expert_L = n_log_n(self.sums["selected"]).sum(-1)
-        window_L = by_sequence_L - by_expert_L + N * math.log(N)
+        N_L = self.sums["selected"].sum(-1)
+        by_sequence_L, by_expert_L = self.sums["by_sequence"], n_log_n(self.sums["selected"]).sum(-1)
+        window_L = by_sequence_L - by_expert_L + n_log_n(N_L)
         if not self.updates:
-            return window_L / N, window_L * math.nan
-        within_L = by_sequence_L - self.sums["by_update"] + N * math.log(N / self.updates)
-        return window_L / N, within_L / N
+            return window_L / N_L, window_L * math.nan
+        return window_L / N_L, (by_sequence_L - self.sums["by_update"]) / N_L

@@ -1,16 +1,13 @@
 """The fully soft mixture: every expert on every token, weighted by its probability."""
 
-from typing import Annotated
-
-from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.routing import Mixture, Plan, Router, best
+from moe_lab.routing import Choices, Context, Mixture, Plan, Scored, best
 
 
 @option("router", "dense")
-class Dense(Router):
+class Dense(Scored):
     """Exact gradient at E times the cost of one expert. Its k strongest count as its choice.
 
     Source: the mixture of Jacobs et al. 1991, per layer and token.
@@ -18,14 +15,10 @@ class Dense(Router):
 
     every_expert = True
 
-    def __init__(self, dim: int, num_experts: int, *, k: Annotated[int, Field(ge=1)] = 1):
+    def __init__(self, dim: int, num_experts: int, *, k: Choices = 1):
         super().__init__(dim, num_experts, k=k)
 
-    @property
-    def active(self) -> int:
-        return self.num_experts
-
-    def choose(self, rank_TE: Tensor, gates_TE: Tensor) -> Plan:
+    def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         return Mixture(gates_TE, best(rank_TE, self.k))
 
 

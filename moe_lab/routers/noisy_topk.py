@@ -1,18 +1,15 @@
 """Shazeer's noisy top-k gating: a learned amount of Gaussian noise per token and expert."""
 
-from typing import Annotated
-
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.routing import Plan, Router
+from moe_lab.routing import Choices, Context, Plan, Scored
 from moe_lab.seeding import parameter
 
 
 @option("router", "noisy_topk")
-class NoisyTopK(Router):
+class NoisyTopK(Scored):
     """H = xW + N(0,1) softplus(x W_noise); the gate is the softmax over the k largest of H (arXiv 1701.06538).
 
     Both matrices start at zero: no signal and some noise. k=1 leaves the gate at 1 and the router without a task
@@ -21,7 +18,7 @@ class NoisyTopK(Router):
 
     noise = "gaussian"
 
-    def __init__(self, dim: int, num_experts: int, *, k: Annotated[int, Field(ge=1)] = 2):
+    def __init__(self, dim: int, num_experts: int, *, k: Choices = 2):
         super().__init__(dim, num_experts, k=k)
         self.weight_ED = parameter(num_experts, dim, std=0.0)
         self.noise_ED = parameter(num_experts, dim, std=0.0)
@@ -29,6 +26,6 @@ class NoisyTopK(Router):
     def noise_std(self, x_TD: Tensor) -> Tensor:
         return F.softplus(F.linear(x_TD, self.noise_ED))
 
-    def choose(self, rank_TE: Tensor, gates_TE: Tensor) -> Plan:
+    def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         # Renormalised, the softmax over all experts is the softmax over the chosen ones.
         return self.top_k(rank_TE, gates_TE, renormalise=True)

@@ -5,18 +5,19 @@ gradient is that of their soft probabilities. backward=dense runs all experts, s
 of the full relaxation, while each expert is still trained with its hard weight.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.routing import Assignments, Mixture, Plan, Router, best
+from moe_lab.routing import Assignments, Choices, Context, Mixture, Plan, Scored, Traits, best
 
 
 @option("router", "softmax_ste")
-class SoftmaxSTE(Router):
+class SoftmaxSTE(Scored):
     """Deterministic: forward the argmax (top-k), backward the softmax (straight-through, arXiv 1308.3432)."""
 
     def __init__(
@@ -24,13 +25,13 @@ class SoftmaxSTE(Router):
         dim: int,
         num_experts: int,
         *,
-        k: Annotated[int, Field(ge=1)] = 1,
+        k: Choices = 1,
         backward: Literal["selected", "dense"] = "selected",
     ):
         super().__init__(dim, num_experts, k=k)
         self.every_expert = backward == "dense"
 
-    def choose(self, rank_TE: Tensor, gates_TE: Tensor) -> Plan:
+    def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         expert_TK = best(rank_TE, self.k)
         if self.every_expert:
             hard_TE = torch.zeros_like(gates_TE).scatter(1, expert_TK, 1 / self.k)
@@ -38,6 +39,14 @@ class SoftmaxSTE(Router):
         soft_TK = gates_TE.gather(1, expert_TK)
         hard_TK = torch.full_like(soft_TK, 1 / self.k)
         return Assignments(expert_TK, _straight_through(hard_TK, soft_TK), self.num_experts)
+
+    @property
+    def active(self) -> int:
+        return self.k
+
+    @classmethod
+    def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
+        return replace(super().traits(node, E), flops=E / node["k"] if node["backward"] == "dense" else 1.0)
 
 
 @option("router", "gumbel_ste")

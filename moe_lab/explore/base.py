@@ -1,0 +1,72 @@
+"""What tries experts that the router would not choose. It acts in training only.
+
+Shapes: T tokens, D width, E experts.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from moe_lab.config import registered
+from moe_lab.plans import Plan
+from moe_lab.routing import Draw
+from moe_lab.schedules import Schedule
+
+
+class Explorer:
+    """Each hook leaves things as they are; an explorer writes the one it needs. They are called in this order.
+
+    strength: on a schedule of its own, and times schedule.noise. draws: what the loop draws for it, told to each hook
+    by name. An explorer holds no state and draws nothing itself.
+    """
+
+    draws: Mapping[str, Draw] = {}
+
+    def __init__(self, *, strength: Schedule):
+        self.strength = strength
+
+    def input(self, x_TD: Tensor, drawn: Mapping[str, Tensor], strength: Tensor) -> Tensor:
+        """What the router reads in the place of its tokens; the experts see the tokens as they are."""
+        return x_TD
+
+    def logits(self, logits_TE: Tensor, drawn: Mapping[str, Tensor], strength: Tensor) -> Tensor:
+        """Logits with noise, which choose and gate."""
+        return logits_TE
+
+    def noise_std(self, strength: Tensor) -> Tensor | None:
+        """Standard deviation of Gaussian noise on the logits (balance=[load] needs it), or None."""
+        return None
+
+    def allowed(self, logits_TE: Tensor, drawn: Mapping[str, Tensor], strength: Tensor, k: int) -> Tensor | None:
+        """Which experts may be chosen, bool, broadcastable to [T, E], at least k of each token; None: all."""
+        return None
+
+    def rank(self, rank_TE: Tensor, drawn: Mapping[str, Tensor], strength: Tensor) -> Tensor:
+        """What ranks the experts, with the selection bias in it; the gate values stay."""
+        return rank_TE
+
+    def plan(self, plan: Plan, gates_TE: Tensor, drawn: Mapping[str, Tensor], strength: Tensor) -> Plan:
+        """The plan, once the experts are chosen."""
+        return plan
+
+    @classmethod
+    def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+        router = cfg["router"]["name"]
+        if not registered("router")[router].scored:
+            return [f"explore.{node['name']}: router={router} does not choose by scores; take explore=[]"]
+        return []
+
+
+class LogitNoise(Explorer):
+    """Noise added to the logits, where the router has none of its own."""
+
+    @classmethod
+    def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+        router = cfg["router"]["name"]
+        own = registered("router")[router].noise
+        if own != "none":
+            return [f"explore.{node['name']}: router={router} has {own} noise of its own, scaled by schedule.noise"]
+        if node["name"] != "gaussian" and "gaussian" in cfg["explore"]:
+            return [f"explore.{node['name']}: explore.gaussian puts noise on the logits already; take one of them"]
+        return super().conflicts(node, cfg)

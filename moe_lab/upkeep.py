@@ -1,0 +1,75 @@
+"""What moves once per update beside the weights: buffers of routers, selection biases and states of balancers.
+
+Each names additive statistics of a micro-batch; they are summed over the update, and ratios are taken from the sums.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moe_lab.balance.base import Balancer, Layer
+from moe_lab.model.moe import MoE
+from moe_lab.model.transformer import Output
+from moe_lab.schedules import Values
+
+Stats = dict[str, Tensor]
+
+
+class Upkeep:
+    """The state of every balancer per MoE layer, and the statistics of the update so far."""
+
+    def __init__(self, moes: list[MoE], balancers: Mapping[str, Balancer]):
+        self.moes, self.balancers = moes, balancers
+        self.states: dict[str, list[Stats]] = {name: [b.start(m) for m in moes] for name, b in balancers.items()}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the statistics of the update before."""
+        self.of_routers: list[Stats] = [{} for _ in self.moes]
+        self.of_balancers: dict[str, list[Stats]] = {name: [{} for _ in self.moes] for name in self.balancers}
+
+    def layers(self, name: str, seq_len: int) -> list[Layer]:
+        """What the balancer `name` knows of each layer at this point of the update."""
+        known = zip(self.moes, self.of_balancers[name], self.states[name], strict=True)
+        return [Layer(moe, seq_len, earlier, state) for moe, earlier, state in known]
+
+    @torch.no_grad()
+    def add(self, out: Output, seq_len: int) -> None:
+        """Sum up one micro-batch, after its losses."""
+        for moe, x_TD, routing, total in zip(self.moes, out.inputs, out.routings, self.of_routers, strict=True):
+            _add(total, moe.router.statistics(x_TD, routing))
+        for name, balancer in self.balancers.items():
+            layers, totals = self.layers(name, seq_len), self.of_balancers[name]
+            for layer, routing, total in zip(layers, out.routings, totals, strict=True):
+                _add(total, balancer.statistics(routing, replace(layer, earlier={})))
+
+    @torch.no_grad()
+    def close(self, values: Values, seq_len: int) -> None:
+        """The end of an update."""
+        for moe, stats in zip(self.moes, self.of_routers, strict=True):
+            if stats:
+                moe.router.after_step(stats, values.progress)
+        for name, balancer in self.balancers.items():
+            for layer, stats in zip(self.layers(name, seq_len), self.of_balancers[name], strict=True):
+                balancer.after_step(layer, stats, values.bias_rate, values.progress)
+        self.begin()
+
+    def _entries(self) -> Iterator[tuple[str, Stats, str]]:
+        for name, layers in self.states.items():
+            for i, state in enumerate(layers):
+                yield from ((f"{name}.{i}.{key}", state, key) for key in state)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name, for a checkpoint."""
+        return {name: state[key] for name, state, key in self._entries()}
+
+    def load_state(self, found: Mapping[str, Tensor]) -> None:
+        for name, state, key in list(self._entries()):
+            state[key] = found[name].to(state[key].device)
+
+
+def _add(total: Stats, more: Mapping[str, Tensor]) -> None:
+    for key, t in more.items():
+        total[key] = total[key] + t if key in total else t.detach()

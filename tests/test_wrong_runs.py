@@ -152,11 +152,11 @@ def test_a_config_that_would_take_the_process_down(name: str, here: Path) -> Non
 
 
 def test_a_config_may_have_aliases_and_its_neighbour_mistakes(here: Path) -> None:
-    (here / "own/router").mkdir(parents=True)
-    (here / "own/router/mine.yaml").write_text("name: topk\nk: &k 2\nrenormalise: true\n")
-    (here / "own/router/broken.yaml").write_text("name: [")
-    (here / "own/router/gone.yaml").symlink_to("nowhere")
-    assert "noise_std: 2" in moe_lab("train", "--config-dir", "own", "router=mine", "--cfg", "job").out
+    (here / "own/experts").mkdir(parents=True)
+    (here / "own/experts/mine.yaml").write_text("name: swiglu\nnum: &n 2\nshared_experts: *n\n")
+    (here / "own/experts/broken.yaml").write_text("name: [")
+    (here / "own/experts/gone.yaml").symlink_to("nowhere")
+    assert "shared_experts: 2" in moe_lab("train", "--config-dir", "own", "experts=mine", "--cfg", "job").out
 
 
 def test_a_config_folder_may_be_a_whole_project(here: Path) -> None:

@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench methods docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/moe-lab train router=gumbel_ste
@@ -32,6 +32,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks
 
+# Train every method for 100 steps on two data sets, in fp32 and bf16, and at its edges (some 20 minutes).
+methods: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.matrix
+
 # Draw the README's pictures from real runs, and the metric and verdict pages from their declarations.
 docs: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
@@ -40,6 +44,7 @@ docs: $(VENV)/.installed-test
 	$(BIN)/moe-lab train router=switch balance=[switch] logger=[] hydra.run.dir=outputs/pictures/balanced
 	$(BIN)/python docs/pictures.py outputs/pictures/demo outputs/pictures/collapsed outputs/pictures/balanced
 	$(BIN)/python -m moe_lab.observe.document docs
+	$(BIN)/python -m moe_lab.methods
 
 clean:
 	rm -rf $(VENV) build dist

@@ -192,7 +192,12 @@ class Assignments:
         """
         T, K = self.expert_TK.shape
         # 1.1 * 100 / 10 is a hair above 11 in floating point, and would grant a twelfth row.
-        share = torch.as_tensor(capacity_factor, dtype=torch.float64) * (T * (k or K) / self.num_experts)
+        factor = (
+            capacity_factor
+            if isinstance(capacity_factor, Tensor)
+            else torch.full((), capacity_factor, dtype=torch.float64)
+        )
+        share = factor.double() * (T * (k or K) / self.num_experts)
         capacity = (share - 1e-6 * share.clamp_min(1)).ceil()
         _, inverse_N, counts_E = self._order
         first_E = counts_E.cumsum(0) - counts_E

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from moe_lab.config import option
+from moe_lab.config import option, registered
 
 PosInt = Annotated[int, Field(ge=1)]
 MOST_TOKENS = 2**26  # at once: a byte vocabulary's logits alone are 64 GB then
@@ -38,9 +38,15 @@ class Settings:
     output_dir: Annotated[str, Field(min_length=1)]
     study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,39}$")]
     fast: bool
+    allow_leak: bool
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+        if leaks(cfg) and not node["allow_leak"]:
+            return [
+                f"router={cfg['router']['name']}: looks at later tokens, so that objective={cfg['objective']['name']} "
+                "means little; take objective=mlm, or say allow_leak=true and every table will name it"
+            ]
         accumulate = cfg["optim"]["accumulate"]
         if node["batch_size"] % accumulate:
             return [f"optim.accumulate={accumulate}: must divide batch_size={node['batch_size']}"]
@@ -56,6 +62,13 @@ class Settings:
 
     def evaluates_at(self, step: int) -> bool:
         return step % self.eval_every == 0 or step == self.steps
+
+
+def leaks(cfg: Mapping[str, Any]) -> bool:
+    """Whether the router shows a causal model its future: such a loss cannot be compared with others."""
+    router = cfg["router"]
+    traits = registered("router")[router["name"]].traits(router, cfg["experts"]["num"])
+    return cfg["model"]["moe"] and registered("objective")[cfg["objective"]["name"]].causal and not traits.causal
 
 
 def quick(cfg: dict[str, Any]) -> dict[str, Any]:

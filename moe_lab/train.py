@@ -20,7 +20,7 @@ from moe_lab.observe.recorder import Recorder
 from moe_lab.observe.verdict import Judge
 from moe_lab.run import Run, Stop, outcome, read_status, same_run
 from moe_lab.secrecy import redacted
-from moe_lab.settings import quick
+from moe_lab.settings import leaks, quick
 from moe_lab.sinks.base import Sink
 from moe_lab.sinks.console import Console
 from moe_lab.state import State
@@ -203,6 +203,7 @@ class Training:
             "verdicts": self.judge.report(),
             "final": scalars,
             "cost": cost(self.parts),
+            "leaks": leaks(self.run.cfg),
             "wall_s": self.earlier + time.monotonic() - self.run.started,
         }
 
@@ -219,6 +220,8 @@ class Training:
             "device": str(parts.device),
             "dtype": str(parts.dtype).removeprefix("torch."),
             "resumed_from": self.began_at or None,
+            "leaks": leaks(self.run.cfg),
+            "tags": ["leaks the future"] * leaks(self.run.cfg),
         }
 
     def _open_sinks(self, facts: dict[str, Any]) -> None:

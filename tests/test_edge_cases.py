@@ -78,8 +78,8 @@ def never(expert: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shunning(expert: int, choose: Callable) -> Callable:
-    def chosen(self, rank_TE, gates_TE):
-        return choose(self, rank_TE.index_fill(1, torch.tensor([expert]), -math.inf), gates_TE)
+    def chosen(self, rank_TE, gates_TE, ctx):
+        return choose(self, rank_TE.index_fill(1, torch.tensor([expert]), -math.inf), gates_TE, ctx)
 
     return chosen
 

@@ -66,11 +66,12 @@ MAY: dict[str, set[str]] = {
     "naming": {"run", "secrecy", "settings"},
     "mistakes": {"config", "presets", "secrecy"},
     "hydra_app": {"config", "presets", "naming", "mistakes", "places", "secrecy"},
+    "methods": {"config", "presets", "traits"},
     "cli": {"secrecy"},
     "completion": {"cli", "presets"},
     "verbs": {
         *("cli", "config", "presets", "naming", "hydra_app", "recorded", "run", "train", "checkpoint"),
-        *("assemble", "sinks", "reading", "places", "secrecy"),
+        *("assemble", "sinks", "reading", "places", "secrecy", "methods"),
     },
     "__main__": {"cli"},
     "__init__": {"loading"},

@@ -112,7 +112,7 @@ def test_each_kind_of_wait_is_caught(wait: str, monkeypatch: pytest.MonkeyPatch)
     """The negative control: the same update with one such operation in the balance loss, which is right on a CPU."""
     WAITS[wait](torch.ones(6, 4))
 
-    def loss(self: object, routing: Routing) -> Tensor:
+    def loss(self: object, routing: Routing, layer: object) -> Tensor:
         WAITS[wait](routing.logits_TE)
         return routing.logits_TE.mean()
 

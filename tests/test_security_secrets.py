@@ -35,13 +35,13 @@ def everything():
 @option("router", "leaky")
 class Leaky(TopK):
     calls = 0
-    def choose(self, rank_TE, gates_TE):
+    def choose(self, rank_TE, gates_TE, ctx):
         Leaky.calls += 1
         if Leaky.calls == 4:
             logging.getLogger("moe_lab.leaky").warning("so far: %s", " ".join(everything()))
         if Leaky.calls > 8:
             raise RuntimeError("no access with\\n" + "\\n".join(everything()))
-        return super().choose(rank_TE, gates_TE)
+        return super().choose(rank_TE, gates_TE, ctx)
 """
 
 

@@ -1,10 +1,14 @@
 """Shazeer's noisy top-k gating: a learned amount of Gaussian noise per token and expert."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.routing import Choices, Context, Plan, Scored
+from moe_lab.routing import Choices, Context, Plan, Scored, Traits
 from moe_lab.seeding import parameter
 
 
@@ -29,3 +33,7 @@ class NoisyTopK(Scored):
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         # Renormalised, the softmax over all experts is the softmax over the chosen ones.
         return self.top_k(rank_TE, gates_TE, renormalise=True)
+
+    @classmethod
+    def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
+        return replace(super().traits(node, E), rows="selected", live=node["k"] > 1)

@@ -1,10 +1,15 @@
 """DeepSeek-V3 routing: independent sigmoid scores, the k largest, weights normalised among the chosen."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.config import option
 from moe_lab.routers.topk import TopK
+from moe_lab.routing import Traits
 
 
 @option("router", "sigmoid_topk")
@@ -20,3 +25,7 @@ class SigmoidTopK(TopK):
     def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
         # sigmoid(z) over its row sum, through logarithms: stays a distribution where every sigmoid underflows.
         return F.logsigmoid(logits_TE).softmax(-1)
+
+    @classmethod
+    def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
+        return replace(super().traits(node, E), rows="selected")

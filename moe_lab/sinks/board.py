@@ -103,7 +103,8 @@ def headline(facts: dict[str, Any]) -> str:
     router, dataset = clean(str(facts.get("router"))), clean(str(facts.get("dataset")))
     size = f"{facts['layers']} MoE layers of {facts['experts']} experts" if facts.get("layers") else "no MoE layers"
     chosen = f", {facts['k']} per token" if facts.get("layers") and facts.get("k") else ""
-    return f"{router} on {dataset}, {size}{chosen}"
+    leak = ", leaks the future" if facts.get("leaks") else ""
+    return f"{router} on {dataset}, {size}{chosen}{leak}"
 
 
 def _progress(state: State, roomy: bool) -> Table:

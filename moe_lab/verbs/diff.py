@@ -54,6 +54,7 @@ OUTCOME: dict[str, Callable[[Recorded], Any]] = {
     "loss (bigram of the data)": lambda run: run.summary.get("eval", {}).get("bigram"),
     "load CV, worst layer": lambda run: run.summary.get("final", {}).get("moe/load_cv/worst"),
     "dead experts, worst layer": lambda run: run.summary.get("final", {}).get("moe/dead_experts/worst"),
+    "leaks the future": lambda run: run.summary.get("leaks"),
     "verdicts": lambda run: _verdicts(run.summary.get("verdicts", [])),
     "parameters": lambda run: run.summary.get("cost", {}).get("params"),
     "active parameters": lambda run: run.summary.get("cost", {}).get("active_params"),

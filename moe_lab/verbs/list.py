@@ -10,8 +10,15 @@ from moe_lab.cli import arguments, complain, quiet_pipe
 def main(argv: list[str]) -> int:
     parser = arguments("list", "The groups, or the options of one with their keys.")
     parser.add_argument("group", nargs="?", help="router, experts, balance, ...; all of them when left out")
-    asked = parser.parse_args(argv).group
+    parser.add_argument("--traits", action="store_true", help="what each router promises: list router --traits")
+    told = parser.parse_args(argv)
+    asked = told.group
+    if told.traits and asked != "router":
+        return complain(["--traits: routers have traits; moe-lab list router --traits"])
     quiet_pipe()
+    if told.traits:
+        _print(_traits())
+        return 0
     groups = presets.groups(presets.own_dir())
     if asked is not None and asked not in groups:
         from moe_lab.config import nearest
@@ -44,6 +51,16 @@ def _options(group: presets.Group) -> Any:
         for key in keys:
             table.add_row(Text(f"  {key.path}"), Text(key.value, "cyan"), Text(key.about, "dim"))
         table.add_section()
+    return table
+
+
+def _traits() -> Any:
+    from moe_lab import methods
+
+    table = _table(*methods.COLUMNS)
+    for name in methods.names("router"):
+        table.add_row(*methods.row(name))
+    table.caption = "; ".join(f"{name}: {about}" for name, about in methods.COLUMNS.items() if about)
     return table
 
 

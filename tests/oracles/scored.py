@@ -32,8 +32,9 @@ def cosine_score(x: Tensor, project: Tensor, embedding: Tensor, tau: Tensor) -> 
 
 def lpr_latent(x: Tensor, gain: Tensor, bias: Tensor, encoder: Tensor, shift: Tensor) -> Tensor:
     """Latent Prototype Routing (arXiv 2506.21328): W silu(LayerNorm(h)) + b."""
-    mean = sum(x) / len(x)
-    variance = sum((a - mean) ** 2 for a in x) / len(x)
+    zero = torch.zeros((), dtype=x.dtype)
+    mean = sum(x, zero) / len(x)
+    variance = sum(((a - mean) ** 2 for a in x), zero) / len(x)
     normed = torch.stack([(a - mean) / (variance + 1e-5).sqrt() * g + b for a, g, b in zip(x, gain, bias, strict=True)])
     active = torch.stack([a / (1 + torch.exp(-a)) for a in normed])
     return torch.stack([linear_score(active, row) + s for row, s in zip(encoder, shift, strict=True)])
@@ -49,7 +50,7 @@ def lpr_diversity(prototypes: Tensor) -> Tensor:
     total = torch.zeros((), dtype=prototypes.dtype)
     for i in range(E):
         for j in range(E):
-            total = total + (cosine(prototypes[i], prototypes[j]) - (i == j)) ** 2
+            total = total + (cosine(prototypes[i], prototypes[j]) - float(i == j)) ** 2
     return total / E**2
 
 
@@ -59,15 +60,15 @@ def lpr_alignment(latents: list[Tensor], chosen: list[list[int]], prototypes: Te
     return sum(terms, torch.zeros((), dtype=prototypes.dtype)) / len(terms)
 
 
-def gates(scores: list[Tensor], kind: str) -> list[Tensor]:
+def gates(scores: list[Tensor], gate: str) -> list[Tensor]:
     """softmax, sigmoid, or sigmoids over their sum, of the scores that are given and no others."""
-    if kind == "softmax":
-        top = max(float(s) for s in scores)
+    if gate == "softmax":
+        top = max(float(s.detach()) for s in scores)
         parts = [torch.exp(s - top) for s in scores]
     else:
         parts = [1 / (1 + torch.exp(-s)) for s in scores]
     total = sum(parts, torch.zeros((), dtype=scores[0].dtype))
-    return parts if kind == "sigmoid" else [p / total for p in parts]
+    return parts if gate == "sigmoid" else [p / total for p in parts]
 
 
 def ranked(values: list[float]) -> list[int]:
@@ -77,20 +78,22 @@ def ranked(values: list[float]) -> list[int]:
 def gated(
     scores: list[Tensor],
     k: int,
-    kind: str,
+    gate: str,
     order: str,
     renormalise: bool,
     temperature: float = 1.0,
     bias: list[float] | None = None,
 ) -> dict[int, Tensor]:
     """One token: the k largest (gate + bias where there is one), weighted by the gate over all or over the chosen."""
-    merits = [float(s) if bias is None else float(g) for s, g in zip(scores, gates(scores, kind), strict=True)]
+    merits = [
+        float(s.detach() if bias is None else g.detach()) for s, g in zip(scores, gates(scores, gate), strict=True)
+    ]
     best = ranked([m + (0.0 if bias is None else bias[e]) for e, m in enumerate(merits)])[:k]
     sharp = [s / temperature for s in scores]
     if order == "topk_first":
-        weights = dict(zip(best, gates([sharp[e] for e in best], kind), strict=True))
+        weights = dict(zip(best, gates([sharp[e] for e in best], gate), strict=True))
     else:
-        every = gates(sharp, kind)
+        every = gates(sharp, gate)
         weights = {e: every[e] for e in best}
     return shared(weights) if renormalise else weights
 
@@ -104,7 +107,7 @@ def top_p(
     scores: list[Tensor],
     mass: float,
     most: int,
-    kind: str = "softmax",
+    gate: str = "softmax",
     renormalise: bool = False,
     temperature: float = 1.0,
     bias: list[float] | None = None,
@@ -113,10 +116,12 @@ def top_p(
 
     The mass is that of the probabilities at temperature 1, whatever ranks.
     """
-    probs = [float(g) for g in gates(scores, kind)]
+    probs = [float(g.detach()) for g in gates(scores, gate)]
     whole = sum(probs)
     probs = [p / whole for p in probs]
-    merits = [float(s) if bias is None else float(g) for s, g in zip(scores, gates(scores, kind), strict=True)]
+    merits = [
+        float(s.detach() if bias is None else g.detach()) for s, g in zip(scores, gates(scores, gate), strict=True)
+    ]
     taken: list[int] = []
     reached = 0.0
     for e in ranked([m + (0.0 if bias is None else bias[e]) for e, m in enumerate(merits)]):
@@ -124,7 +129,7 @@ def top_p(
         reached += probs[e]
         if reached >= mass or len(taken) == most:
             break
-    every = gates([s / temperature for s in scores], kind)
+    every = gates([s / temperature for s in scores], gate)
     weights = {e: every[e] for e in taken}
     return shared(weights) if renormalise else weights
 

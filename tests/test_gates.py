@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from layers import context, dense_weights, grad, make_router, preset, randn
 from oracles import scored as oracle
 from peers import FP32, FP64, close, hf, hf_config, set_weights
 from torch import Tensor
 
 from moe_lab.config import registered
+from moe_lab.observe.remedies import remedies
 from moe_lab.routing import Router
 
 T, D, E = 12, 8, 5
@@ -108,6 +110,20 @@ def test_rows_that_get_a_gradient(options: dict[str, Any], k: int, experts: int)
     chosen = torch.zeros(experts, dtype=torch.bool).index_fill(0, plan.selected_TK[0], True)
     expected = {"all": torch.ones_like(chosen), "selected": chosen, "none": torch.zeros_like(chosen)}[traits.rows]
     assert torch.equal(reached, expected) and traits.live == bool(reached.any())
+
+
+@every_gate
+@pytest.mark.parametrize("name", ["topk", "switch"])
+def test_the_first_remedy_for_a_frozen_router_revives_it(options: dict[str, Any], name: str):
+    node = preset("router", name, k=1, **options)
+    router = registered("router")[name]
+    if router.traits(node, E).live:
+        return
+    first = remedies("frozen", 0.0, 0, {"router": node})[0]
+    assert first.endswith("(a renormalised top-1 weight is always 1)")
+    words = [word.removeprefix("router.").split("=") for word in first.split(" (")[0].split()]
+    changes = {name: yaml.safe_load(value) for name, value in words}
+    assert set(changes) <= set(node) and router.traits(node | changes, E).live
 
 
 def test_presets_are_the_papers():

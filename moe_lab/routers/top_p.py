@@ -56,3 +56,10 @@ class TopP(Gated):
         # The best expert has at least 1 / E of the mass.
         alone = node["most"] == 1 or node["p"] <= 1 / E
         return replace(super().traits(dict(node) | {"k": 1 if alone else 2}, E), static_shapes=False)
+
+    @classmethod
+    def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+        found = super().conflicts(node, cfg)
+        if "load" in cfg["balance"]:
+            found.append("balance.load: it is about the k best, and router=top_p has no k; take balance=[importance]")
+        return found

@@ -268,17 +268,31 @@ class Router(nn.Module):
 
 
 class Scored(Router):
-    """A router with one learned row per expert, whose products with the token are its scores."""
+    """A router with one learned row per expert, whose products with the token are its scores.
 
-    def __init__(self, dim: int, num_experts: int, **common: Any):
+    scoring=mlp puts a hidden layer before the rows: silu(H x), as wide as the token (width and activation are our
+    choice). The rows then are no directions of the token's space.
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, scoring: Literal["linear", "mlp"] = "linear", **common: Any):
         super().__init__(dim, num_experts, **common)
         self.weight_ED = parameter(num_experts, dim, std=0.02)
+        self.hidden_DD = parameter(dim, dim, std=dim**-0.5) if scoring == "mlp" else None
+
+    def features(self, x_TD: Tensor) -> Tensor:
+        """What the scores are made of."""
+        return x_TD if self.hidden_DD is None else F.silu(F.linear(x_TD, self.hidden_DD))
 
     def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        return F.linear(x_TD, self.weight_ED)
+        return F.linear(self.features(x_TD), self.weight_ED)
 
     def directions_ED(self) -> Tensor | None:
-        return self.weight_ED
+        return self.weight_ED if self.hidden_DD is None else None
+
+    @classmethod
+    def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
+        found = super().traits(node, E)
+        return found if E > 1 else replace(found, live=False, rows="none")  # a softmax over one expert is 1
 
 
 def with_outputs(routing: Routing, out_ND: Tensor) -> Routing:

@@ -14,15 +14,18 @@ import yaml
 from torch import Tensor, nn
 
 from moe_lab import seeding
-from moe_lab.config import build
+from moe_lab.config import build, registered
 from moe_lab.model.moe import MoE
-from moe_lab.routing import Context, Knobs, Plan, Router
+from moe_lab.routing import Context, Knobs, Plan, Router, Traits
 
 CONF = Path(__file__).parents[1] / "conf"
 AXES: dict[str, list] = {
     "k": [1, 2],
     "backward": ["selected", "dense"],
     "renormalise": [True, False],
+    "gate": ["softmax", "sigmoid", "normalised_sigmoid"],
+    "draw": ["fixed", "fresh"],
+    "r": [2.0],  # sparsemixer: most experts are near the best one
 }
 
 
@@ -46,16 +49,17 @@ def router_cases() -> list[Any]:
     return cases
 
 
-def frozen(node: dict[str, Any]) -> bool:
-    """Whether the weight is 1 whatever the logits: one expert, renormalised."""
-    return node["k"] == 1 and (node.get("renormalise", False) or node["name"] == "noisy_topk")
+def traits(node: dict[str, Any], E: int) -> Traits:
+    """What the router of a node promises."""
+    return registered("router")[node["name"]].traits(node, E)
 
 
 def fill(module: nn.Module, *key: int | str) -> None:
     """Every parameter N(0, 1 / its fan-in), also those that start at zero in training."""
     with torch.no_grad():
         for name, p in module.named_parameters():
-            fan_in = p.shape[-1] if name.endswith("_ED") else p.shape[-2]
+            last = name.endswith(("_ED", "_DD", "_LD", "_EL")) or p.ndim == 1  # where the inputs stand
+            fan_in = 1 if p.ndim == 0 else p.shape[-1 if last else -2]
             p.copy_(randn(*p.shape, key=(*key, name)) * fan_in**-0.5)
 
 
@@ -96,6 +100,19 @@ def context(
 def draw(router: Router, T: int, *key: int | str) -> Tensor | None:
     """Noise as the loop draws it: of the router's own distribution, None where it has none."""
     return None if router.noise == "none" else seeding.noise(router.noise, (T, router.num_experts), "test", *key)
+
+
+def told(router: Router, T: int, *key: int | str, training: bool = True) -> dict[str, Any]:
+    """What the loop tells a router beside its tokens: noise and draws (in evaluation only what asks for it), ids."""
+    E = router.num_experts
+    shapes = {"TE": (T, E), "TD": (T, router.dim), "T": (T,), "E": (E,)}
+    draws = {
+        name: seeding.noise(wanted.kind, shapes[wanted.shape], "test", *key, name)
+        for name, wanted in router.draws.items()
+        if training or wanted.evaluate
+    }
+    noise_TE = draw(router, T, *key) if training else None
+    return {"noise_TE": noise_TE, "draws": draws, "ids_T": torch.arange(T), "seq_len": T, "training": training}
 
 
 def dense_weights(plan: Plan) -> Tensor:

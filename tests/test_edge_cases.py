@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from edges import CHOOSING, ROUTERS, SMALL, balances, run
 
 from moe_lab.checkpoint import newest
 from moe_lab.config import registered
 from moe_lab.loop import Loop
-from moe_lab.routing import Router
+from moe_lab.routing import Scored
 from tests.command import moe_lab, tree
 
 # One expert leaves nothing to choose: no share of what is possible, no pair of rows, no centred centroid.
@@ -172,7 +171,8 @@ def test_extremes_end_finite_or_diverged(router: str, extreme: str, here: Path) 
 def test_logits_ten_thousand_times_as_large(
     router: str, dtype: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Router, "score", lambda self, x_TD: 1e4 * F.linear(x_TD, self.weight_ED))
+    score = Scored.score
+    monkeypatch.setattr(Scored, "score", lambda self, x_TD, ctx: 1e4 * score(self, x_TD, ctx))
     finite_or_diverged(here, *ROUTERS[router], balances(router), f"dtype={dtype}")
 
 

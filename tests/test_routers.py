@@ -3,18 +3,43 @@
 Shapes: T tokens, D width, E experts, K chosen per token.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from layers import context, dense_weights, draw, frozen, grad, make_moe, make_router, norm, preset, randn, router_cases
+from layers import (
+    context,
+    dense_weights,
+    draw,
+    grad,
+    make_moe,
+    make_router,
+    norm,
+    preset,
+    randn,
+    router_cases,
+    told,
+    traits,
+)
 from torch import Tensor
 
 from moe_lab.config import build, registered
-from moe_lab.routing import Assignments, Mixture, Router
+from moe_lab.routing import Assignments, Mixture, Router, Traits
 
 T, D, E = 48, 16, 6
-every_router = pytest.mark.parametrize("node", router_cases())
+CASES = router_cases()
+every_router = pytest.mark.parametrize("node", CASES)
+
+
+def those_that(promise: Callable[[type[Router], Traits], bool]) -> Any:
+    """The cases whose class and traits fulfil `promise`."""
+    nodes = [(case, case.values[0]) for case in CASES]
+    cases = [case for case, node in nodes if promise(registered("router")[node["name"]], traits(node, E))]
+    return pytest.mark.parametrize("node", cases)
+
+
+DRAWN_FROM_THE_GATE = ("sparsemixer",)  # whose estimates are right for draws from the weights' own distribution
 
 
 def chosen(router: Router, x_TD: Tensor, **kwargs: Any) -> Tensor:
@@ -22,59 +47,71 @@ def chosen(router: Router, x_TD: Tensor, **kwargs: Any) -> Tensor:
     return router(x_TD, context(**kwargs)).plan.selected_TK.sort(-1).values
 
 
+def different_choices(selected_TK: Tensor, k: int | None) -> None:
+    """No token chooses an expert twice, and each chooses k, or at least one where k is None."""
+    for row in selected_TK.tolist():
+        choices = [e for e in row if e < E]
+        assert len(set(choices)) == len(choices) and (len(choices) == k if k else choices)
+
+
 @every_router
 def test_weights_and_counts(node: dict[str, Any]):
     router = make_router(node, D, E)
-    routing = router(randn(T, D), context(draw(router, T)))
+    routing = router(randn(T, D), context(**told(router, T)))
     weight_TE = dense_weights(routing.plan)
     assert torch.isfinite(weight_TE).all() and (weight_TE >= 0).all()
     assert weight_TE.sum() > 0
-    assert int(routing.plan.selected_E.sum()) == T * node["k"]
+    selected_TK = routing.plan.selected_TK
+    choices = selected_TK[selected_TK < E]  # E: no choice
+    assert int(routing.plan.selected_E.sum()) == len(choices)
     torch.testing.assert_close(routing.plan.importance_E(), weight_TE.sum(0))
     torch.testing.assert_close(routing.probs_TE.sum(-1), torch.ones(T, dtype=torch.float64))
-    selected_TK = routing.plan.selected_TK
-    assert torch.equal(torch.bincount(selected_TK.flatten(), minlength=E), routing.plan.selected_E)
-    assert all(len(set(row)) == node["k"] for row in selected_TK.tolist()), "an expert is chosen twice"
+    assert torch.equal(torch.bincount(choices, minlength=E), routing.plan.selected_E)
+    different_choices(selected_TK, None if routing.plan.ragged else node["k"])
 
 
 @every_router
 def test_noise_matters_in_training_and_is_off_in_evaluation(node: dict[str, Any]):
     router, x_TD = make_router(node, D, E), randn(T, D)
-    quiet = router(x_TD, context())
-    assert torch.equal(dense_weights(quiet.plan), dense_weights(router(x_TD, context()).plan))
+    still = told(router, T, training=False)
+    quiet = router(x_TD, context(**still))
+    assert torch.equal(dense_weights(quiet.plan), dense_weights(router(x_TD, context(**still)).plan))
+    first, second = (router(x_TD, context(**told(router, T, i))) for i in range(2))
+    assert torch.equal(first.plan.selected_TK, second.plan.selected_TK) != traits(node, E).stochastic
+    assert torch.equal(first.logits_TE, quiet.logits_TE)
     if router.noise == "none":
-        assert node.get("noise", "none") == "none"
         return
-    first, second = (router(x_TD, context(draw(router, T, i))) for i in range(2))
-    assert not torch.equal(first.plan.selected_TK, second.plan.selected_TK)
-    assert torch.equal(first.logits_TE, quiet.logits_TE) and torch.equal(first.probs_TE, quiet.probs_TE)
-    silenced = router(x_TD, context(draw(router, T), noise=0.0))
+    assert torch.equal(first.probs_TE, quiet.probs_TE)
+    silenced = router(x_TD, context(**told(router, T), noise=0.0))
     assert torch.equal(dense_weights(silenced.plan), dense_weights(quiet.plan))
 
 
-@every_router
+@those_that(lambda cls, traits: traits.live is not None)
 def test_task_gradient_reaches_the_gate(node: dict[str, Any]):
     """Except where the weight is 1 whatever the logits: there rounding leaves about 1e-6 of the experts' gradient."""
     moe = make_moe(node, D, E, dtype=torch.float32)
     x_TD, target_TD = randn(T, D).float(), randn(T, D, key=("target",)).float()
-    y_TD, _ = moe(x_TD, context(draw(moe.router, T)))
+    y_TD, _ = moe(x_TD, context(**told(moe.router, T)))
     (y_TD - target_TD).square().mean().backward()
-    ratio = norm(p.grad for p in moe.router.parameters()) / norm(p.grad for p in moe.experts.parameters())
-    assert ratio < 1e-4 if frozen(node) else ratio > 1e-2
+    reached = [p.grad for p in moe.router.parameters() if p.grad is not None]
+    ratio = norm(reached) / norm(p.grad for p in moe.experts.parameters())
+    assert ratio < 1e-4 if traits(node, E).rows == "none" else ratio > 1e-2
 
 
 @every_router
 def test_permuting_tokens_permutes_decisions(node: dict[str, Any]):
     router, x_TD = make_router(node, D, E), randn(T, D)
     order_T = torch.randperm(T, generator=torch.Generator().manual_seed(0))
-    noise_TE = draw(router, T)
-    plain = router(x_TD, context(noise_TE)).plan
-    moved = router(x_TD[order_T], context(None if noise_TE is None else noise_TE[order_T])).plan
+    here = told(router, T)
+    noise_TE, draws = here["noise_TE"], {name: drawn[order_T] for name, drawn in here["draws"].items()}
+    there = here | {"noise_TE": None if noise_TE is None else noise_TE[order_T], "draws": draws, "ids_T": order_T}
+    plain = router(x_TD, context(**here)).plan
+    moved = router(x_TD[order_T], context(**there)).plan
     assert torch.equal(moved.selected_TK, plain.selected_TK[order_T])
     torch.testing.assert_close(dense_weights(moved), dense_weights(plain)[order_T])
 
 
-@every_router
+@those_that(lambda cls, traits: cls.scored)
 def test_bias_moves_the_choice_and_not_the_weight(node: dict[str, Any]):
     router, x_TD = make_router(node, D, E), randn(T, D)
     noise_TE = draw(router, T)
@@ -85,9 +122,10 @@ def test_bias_moves_the_choice_and_not_the_weight(node: dict[str, Any]):
     assert torch.equal(dense_weights(zero), dense_weights(plain))
     raised = router(x_TD, context(noise_TE, bias_E + 0.3)).plan  # all experts alike: no choice changes
     assert torch.equal(dense_weights(raised), dense_weights(plain))
-    bias_E[3] = 10.0  # more than any gate value: expert 3 serves every token
+    least = int(plain.selected_E.argmin())
+    bias_E[least] = 10.0  # more than any gate value: it serves every token
     pushed = router(x_TD, context(noise_TE, bias_E)).plan
-    assert int(plain.selected_E[3]) < T and int(pushed.selected_E[3]) == T
+    assert int(plain.selected_E[least]) < T and int(pushed.selected_E[least]) == T
     harder = router(x_TD, context(noise_TE, 2 * bias_E)).plan
     assert torch.equal(dense_weights(harder), dense_weights(pushed)), "the weight depends on the size of the bias"
 
@@ -95,11 +133,11 @@ def test_bias_moves_the_choice_and_not_the_weight(node: dict[str, Any]):
 @every_router
 def test_temperature_never_changes_the_choice(node: dict[str, Any]):
     router, x_TD = make_router(node, D, E), randn(T, D)
-    noise_TE = draw(router, T)
-    for bias_E in (None, 0.1 * randn(E, key=("bias",))):
-        plain = chosen(router, x_TD, noise_TE=noise_TE, bias_E=bias_E)
+    here = told(router, T, training=node["name"] not in DRAWN_FROM_THE_GATE)
+    for bias_E in (None, 0.1 * randn(E, key=("bias",))) if router.scored else (None,):
+        plain = chosen(router, x_TD, **here, bias_E=bias_E)
         for temperature in (0.05, 0.5, 4.0):
-            other = chosen(router, x_TD, noise_TE=noise_TE, bias_E=bias_E, temperature=temperature)
+            other = chosen(router, x_TD, **here, bias_E=bias_E, temperature=temperature)
             assert torch.equal(other, plain)
 
 
@@ -107,36 +145,40 @@ def test_temperature_never_changes_the_choice(node: dict[str, Any]):
 def test_one_expert_and_all_experts(node: dict[str, Any]):
     x_TD = randn(T, D)
     alone = make_router(node | {"k": 1}, D, 1)
-    routing = alone(x_TD, context(draw(alone, T)))
+    routing = alone(x_TD, context(**told(alone, T)))
     assert int(routing.plan.selected_E) == T and torch.isfinite(dense_weights(routing.plan)).all()
     full = make_router(node | {"k": E}, D, E)
-    plan = full(x_TD, context(draw(full, T))).plan
-    assert plan.selected_E.tolist() == [T] * E
+    plan = full(x_TD, context(**told(full, T))).plan
+    assert plan.ragged or plan.selected_E.tolist() == [T] * E
     assert torch.isfinite(dense_weights(plan)).all()
 
 
 @every_router
 def test_ties_still_choose_k_different_experts(node: dict[str, Any]):
     router = make_router(node, D, E)
-    plan = router(torch.zeros(T, D, dtype=torch.float64), context()).plan
-    assert all(len(set(row)) == node["k"] for row in plan.selected_TK.tolist())
+    routing = router(torch.zeros(T, D, dtype=torch.float64), context(**told(router, T, training=False)))
+    plan, logits_TE = routing.plan, routing.logits_TE
+    different_choices(plan.selected_TK, None if plan.ragged else node["k"])
     weight_TE = dense_weights(plan)
+    if node["name"] in DRAWN_FROM_THE_GATE or (logits_TE != logits_TE[:, :1]).any():
+        return  # the second draw is weighed without the first; lpr's encoder has a shift
     assert weight_TE[weight_TE > 0].unique().numel() == 1, "equal logits, unequal weights"
 
 
-@every_router
+@those_that(lambda cls, traits: cls.scored)
 @pytest.mark.parametrize("bias", [None, 10.0])
 @pytest.mark.parametrize("hard", [None, 1])
 def test_extreme_logits(node: dict[str, Any], bias: float | None, hard: int | None):
     """Logits of +-1e4: softmax and sigmoid saturate to exact zeros, and a bias can choose what has weight zero."""
     router = make_router(node, E, E, torch.float32)
     with torch.no_grad():
-        router.weight_ED.copy_(torch.eye(E))  # the tokens are the logits
+        if hasattr(router, "weight_ED"):
+            router.get_parameter("weight_ED").copy_(torch.eye(E))  # the tokens are the logits
     one, signs = torch.eye(E), torch.tensor([1.0, -1.0]).repeat(E // 2)
     rows = [torch.ones(1, E), -torch.ones(1, E), torch.zeros(1, E), signs[None], one, -one, 2 * one - 1]
     x_TD = (1e4 * torch.cat(rows)).requires_grad_()
     bias_E = None if bias is None else bias * one[3]
-    routing = router(x_TD, context(draw(router, len(x_TD)), bias_E, hard=hard))
+    routing = router(x_TD, context(**told(router, len(x_TD)), bias_E=bias_E, hard=hard))
     loss = (dense_weights(routing.plan) * randn(len(x_TD), E).float()).sum()
     for name in sorted(registered("balance")):
         balancer = build("balance", {"name": name})
@@ -152,7 +194,8 @@ def test_extreme_logits(node: dict[str, Any], bias: float | None, hard: int | No
 @every_router
 def test_hard_evaluation_keeps_the_strongest_and_the_whole_weight(node: dict[str, Any]):
     router, x_TD = make_router(node, D, E), randn(T, D)
-    plan, top1 = router(x_TD, context()).plan, router(x_TD, context(hard=1)).plan
+    here = told(router, T, training=False)
+    plan, top1 = router(x_TD, context(**here)).plan, router(x_TD, context(**here, hard=1)).plan
     assert torch.equal(top1.selected_TK, plan.selected_TK[:, :1])
     torch.testing.assert_close(dense_weights(top1).sum(-1), dense_weights(plan).sum(-1))
     assert (dense_weights(top1) > 0).sum(-1).eq(1).all()

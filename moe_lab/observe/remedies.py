@@ -78,9 +78,11 @@ def slow(config: Mapping[str, Any]) -> Iterator[str]:
 def connect(config: Mapping[str, Any]) -> Iterator[str]:
     """Give the task a way to the router."""
     router = config.get("router") or {}
-    if router.get("k") == 1 and router.get("renormalise"):
-        yield "router.renormalise=false (a renormalised top-1 weight is always 1)"
-    if router.get("k") == 1 and router.get("name") != "switch":
+    first = router.get("order") == "topk_first" and router.get("gate") != "sigmoid"
+    changes = ["router.renormalise=false"] * bool(router.get("renormalise")) + ["router.order=gate_first"] * first
+    if router.get("k") == 1 and changes:
+        yield f"{' '.join(changes)} (a renormalised top-1 weight is always 1)"
+    if router.get("k") == 1 and (changes or router.get("name") != "switch"):
         yield "router.k=2 (two weights can trade against each other)"
     if router.get("name") != "switch" and "load" not in (config.get("balance") or {}):  # load needs Gaussian noise
         yield "router=switch (the output is scaled by its probability, which trains the router)"

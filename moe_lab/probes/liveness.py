@@ -6,11 +6,12 @@ from moe_lab.model.moe import MoE
 
 
 def gradient_ratio(moes: list[MoE], task_loss: torch.Tensor) -> list[float | None]:
-    """|d task / d router| over |d task / d experts| per layer; None where a router has no parameters.
+    """|d task / d router| over |d task / d experts| per layer; None where a router has no parameters that are trained.
 
     Renormalised top-1 gates give about 1e-5 rather than 0 in floating point; below 1e-4 the router is frozen.
     """
-    groups = [[*moe.router.parameters()] for moe in moes] + [[*moe.experts.parameters()] for moe in moes]
+    trained = [[p for p in moe.router.parameters() if p.requires_grad] for moe in moes]
+    groups = trained + [[*moe.experts.parameters()] for moe in moes]
     flat = [p for group in groups for p in group]
     gradients = iter(torch.autograd.grad(task_loss, flat, allow_unused=True))
     squares = []

@@ -1,5 +1,7 @@
 """The fully soft mixture: every expert on every token, weighted by its probability."""
 
+from typing import Any
+
 from torch import Tensor
 
 from moe_lab.config import option
@@ -15,8 +17,8 @@ class Dense(Scored):
 
     every_expert = True
 
-    def __init__(self, dim: int, num_experts: int, *, k: Choices = 1):
-        super().__init__(dim, num_experts, k=k)
+    def __init__(self, dim: int, num_experts: int, *, k: Choices = 1, **common: Any):
+        super().__init__(dim, num_experts, k=k, **common)
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         return Mixture(gates_TE, best(rank_TE, self.k))

@@ -22,13 +22,13 @@ class NoisyTopK(Scored):
 
     noise = "gaussian"
 
-    def __init__(self, dim: int, num_experts: int, *, k: Choices = 2):
-        super().__init__(dim, num_experts, k=k)
+    def __init__(self, dim: int, num_experts: int, *, k: Choices = 2, **common: Any):
+        super().__init__(dim, num_experts, k=k, **common)
         self.weight_ED = parameter(num_experts, dim, std=0.0)
         self.noise_ED = parameter(num_experts, dim, std=0.0)
 
     def noise_std(self, x_TD: Tensor) -> Tensor:
-        return F.softplus(F.linear(x_TD, self.noise_ED))
+        return F.softplus(F.linear(self.features(x_TD), self.noise_ED))
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         # Renormalised, the softmax over all experts is the softmax over the chosen ones.
@@ -36,4 +36,5 @@ class NoisyTopK(Scored):
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
-        return replace(super().traits(node, E), rows="selected", live=node["k"] > 1)
+        alone = node["k"] == 1
+        return replace(super().traits(node, E), live=not alone, rows="none" if alone else "selected")

@@ -27,8 +27,9 @@ class SoftmaxSTE(Scored):
         *,
         k: Choices = 1,
         backward: Literal["selected", "dense"] = "selected",
+        **common: Any,
     ):
-        super().__init__(dim, num_experts, k=k)
+        super().__init__(dim, num_experts, k=k, **common)
         self.every_expert = backward == "dense"
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:

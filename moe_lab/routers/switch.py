@@ -1,21 +1,19 @@
 """Switch Transformer: the most probable expert alone, scaled by its probability."""
 
-from torch import Tensor
+from typing import Any
 
 from moe_lab.config import option
-from moe_lab.routing import Choices, Context, Plan, Scored
+from moe_lab.routers.gated import Gated
+from moe_lab.routing import Choices
 
 
 @option("router", "switch")
-class Switch(Scored):
+class Switch(Gated):
     """The k chosen outputs are multiplied by their probabilities, which is where the router's gradient comes from.
 
     k=1 is Switch (arXiv 2101.03961). With explore=[gumbel] and a temperature it is the compact recipe: noise, softmax
     over temperature, hard top-k, times probability.
     """
 
-    def __init__(self, dim: int, num_experts: int, *, k: Choices = 1):
-        super().__init__(dim, num_experts, k=k)
-
-    def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
-        return self.top_k(rank_TE, gates_TE)
+    def __init__(self, dim: int, num_experts: int, *, k: Choices = 1, **common: Any):
+        super().__init__(dim, num_experts, k=k, **common)

@@ -1,0 +1,76 @@
+"""What the score-based routers that weight by a gate have in common: gate function, order, renormalising.
+
+Together these decide which router rows a token's task gradient reaches (arXiv 2605.12476 turns on it): a softmax over
+all experts sends it to every row through its denominator, a gate among the chosen experts only to theirs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_lab.routing import Context, Plan, Scored, Traits
+
+Gate = Literal["softmax", "sigmoid", "normalised_sigmoid"]
+Order = Literal["gate_first", "topk_first"]
+
+
+class Gated(Scored):
+    """The k best experts, each weighted by its gate value.
+
+    softmax: over experts. sigmoid: of each score by itself. normalised_sigmoid: sigmoids over their sum.
+    gate_first takes that over all experts and then chooses, topk_first chooses and then takes it over the chosen;
+    renormalise divides the chosen weights by their sum. What is equal, and which rows get a gradient:
+
+    - the same, rows of the chosen: softmax topk_first, softmax renormalised
+    - the same, rows of the chosen: normalised_sigmoid topk_first or renormalised, sigmoid renormalised
+    - the same, rows of the chosen: sigmoid in either order
+    - all rows: softmax or normalised_sigmoid gate_first, not renormalised
+
+    With k=1 the first two always weigh 1, and the router gets no task gradient (verdict: frozen).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        gate: Gate = "softmax",
+        order: Order = "gate_first",
+        renormalise: bool = False,
+        **common: Any,
+    ):
+        super().__init__(dim, num_experts, **common)
+        self.function = gate
+        self.among_chosen = _among_chosen(gate, order, renormalise)
+
+    def gate(self, logits_TE: Tensor) -> Tensor:
+        if self.function == "softmax":
+            return logits_TE.softmax(-1)
+        return logits_TE.sigmoid() if self.function == "sigmoid" else _shares_of_sigmoids(logits_TE)
+
+    def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
+        return _shares_of_sigmoids(logits_TE) if self.function == "sigmoid" else gates_TE
+
+    def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
+        # A softmax over the chosen scores is the softmax over all of them, renormalised; so for the sigmoids' shares.
+        return self.top_k(rank_TE, gates_TE, self.among_chosen)
+
+    @classmethod
+    def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
+        among_chosen = _among_chosen(node["gate"], node["order"], node["renormalise"])
+        alone = node["k"] == 1 if among_chosen else E == 1 and node["gate"] != "sigmoid"
+        rows = "none" if alone else "selected" if among_chosen or node["gate"] == "sigmoid" else "all"
+        return replace(super().traits(node, E), live=not alone, rows=rows)
+
+
+def _among_chosen(gate: Gate, order: Order, renormalise: bool) -> bool:
+    """Whether the chosen experts' weights sum to one."""
+    return renormalise or (order == "topk_first" and gate != "sigmoid")
+
+
+def _shares_of_sigmoids(logits_TE: Tensor) -> Tensor:
+    """sigmoid(z) over its row sum, through logarithms: stays a distribution where every sigmoid underflows."""
+    return F.logsigmoid(logits_TE).softmax(-1)

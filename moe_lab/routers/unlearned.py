@@ -1,0 +1,86 @@
+"""Routers that learn nothing: by a hash of the token, by a frozen random matrix, by chance. Controls for the others."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_lab.config import option
+from moe_lab.routing import Assignments, Choices, Context, Draw, Router, Routing, Traits, best
+from moe_lab.seeding import parameter
+
+
+class Unlearned(Router):
+    """k experts per token, each weighted by 1 / k. probs_TE is that choice; logits_TE are zeros without scores."""
+
+    scored = False
+
+    def rank(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        """What decides, [T, E]: the highest are chosen."""
+        raise NotImplementedError
+
+    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        return x_TD.new_zeros(x_TD.shape[0], self.num_experts)
+
+    def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
+        with torch.autocast(x_TD.device.type, enabled=False), torch.no_grad():
+            x_TD = x_TD.float() if x_TD.dtype != torch.float64 else x_TD
+            expert_TK = best(self.rank(x_TD, ctx), self.k)
+            weight_TK = x_TD.new_full(expert_TK.shape, 1 / self.k)
+            logits_TE = self.score(x_TD, ctx)
+            probs_TE = torch.zeros_like(logits_TE).scatter(1, expert_TK, weight_TK)
+        plan = Assignments(expert_TK, weight_TK, self.num_experts)
+        return Routing(plan if ctx.hard is None else plan.harden(ctx.hard), logits_TE, probs_TE)
+
+    @classmethod
+    def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
+        return replace(super().traits(node, E), live=None, rows="none")
+
+
+@option("router", "hash")
+class Hash(Unlearned):
+    """The token's id modulo E (arXiv 2106.04426); the further choices of k > 1 are the experts after it (ours)."""
+
+    def __init__(self, dim: int, num_experts: int, *, k: Choices = 1):
+        super().__init__(dim, num_experts, k=k)
+
+    def rank(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        assert ctx.ids_T is not None
+        expert_E = torch.arange(self.num_experts, device=x_TD.device)
+        return -((expert_E - ctx.ids_T[:, None]) % self.num_experts)
+
+
+@option("router", "random")
+class Random(Unlearned):
+    """draw=fixed: the best of a random matrix's rows that is never trained: nearby tokens go together.
+    draw=fresh: experts by chance for every token and update; evaluation has one draw of its own.
+
+    fixed starts where `topk` starts with the same seed. Both weigh by 1 / k (ours), so that routing does not matter
+    to the gradient.
+    """
+
+    weight_ED: Tensor | None
+
+    def __init__(self, dim: int, num_experts: int, *, k: Choices = 1, draw: Literal["fixed", "fresh"] = "fixed"):
+        super().__init__(dim, num_experts, k=k)
+        self.weight_ED = None
+        if draw == "fixed":
+            self.weight_ED = parameter(num_experts, dim, std=0.02).requires_grad_(False)
+        else:
+            self.draws = {"rank": Draw("uniform", "TE", evaluate=True)}
+
+    def rank(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        return self.score(x_TD, ctx) if self.weight_ED is not None else ctx.draws["rank"]
+
+    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        return super().score(x_TD, ctx) if self.weight_ED is None else F.linear(x_TD, self.weight_ED)
+
+    def directions_ED(self) -> Tensor | None:
+        return self.weight_ED
+
+    @classmethod
+    def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
+        return replace(super().traits(node, E), stochastic=node["draw"] == "fresh")

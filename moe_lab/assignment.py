@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TEMPERATURES = [0.3 * 0.01 ** (i / 15) for i in range(16)]  # of the spread of the scores: 0.3 to 0.003
-ROUNDS, RAISE = 32, 0.003  # of the auction; by how much of the spread a bid must raise the price
+# By how much of the spread a bid raises the price beyond need: little at first, so that the assignment is good; then
+# more and more, so that tokens which are alike do not outbid each other for ever.
+RAISES = [0.001 * 300 ** (i / 31) for i in range(32)]
 
 
 def prices(score_TE: Tensor, temperatures: Iterable[float | Tensor]) -> Tensor:
@@ -46,10 +48,10 @@ def balanced(score_TE: Tensor) -> Tensor:
     price_E = prices(value_TE, [spread * t for t in TEMPERATURES])
     expert_T = torch.full((E * room,), E, device=score_TE.device)
     bid_T = value_TE.new_zeros(E * room)
-    for _ in range(ROUNDS):
+    for share in RAISES:
         (first_T, second_T), (best_T, _) = (t.unbind(1) for t in (value_TE - price_E).topk(2, -1))
         free_T = expert_T == E
-        bid_T = torch.where(free_T, price_E[best_T] + first_T - second_T + RAISE * spread, bid_T)
+        bid_T = torch.where(free_T, price_E[best_T] + first_T - second_T + share * spread, bid_T)
         expert_T = torch.where(free_T, best_T, expert_T)
         kept_T, full_E = _rank(expert_T, bid_T) < room, _count(expert_T, E) >= room
         expert_T = torch.where(kept_T, expert_T, E)

@@ -19,7 +19,7 @@ def unit(v_D: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def softmax(values: Sequence[Tensor]) -> list[Tensor]:
-    top = max(float(v) for v in values)
+    top = max(float(v.detach()) for v in values)
     powers = [torch.exp(v - top) for v in values]
     return [p / sum(powers) for p in powers]
 
@@ -61,7 +61,7 @@ def expert_choice(x_TD: Tensor, w_ED: Tensor, experts: Sequence[Expert], capacit
     p = [softmax([(w * x).sum() for w in w_ED]) for x in x_TD]
     rows = [torch.zeros_like(x_TD[0]) for _ in range(n)]
     for e in range(E):
-        for t in sorted(range(n), key=lambda t: -float(p[t][e]))[:take]:
+        for t in sorted(range(n), key=lambda t: -float(p[t][e].detach()))[:take]:
             rows[t] = rows[t] + p[t][e] * experts[e](x_TD[t])
     return torch.stack(rows)
 
@@ -93,9 +93,9 @@ def best_balanced(score_TE: Tensor) -> float:
 
 def smooth_step(z: Tensor, width: float) -> Tensor:
     """arXiv 2002.07772: 0 left of -width/2, 1 right of width/2, a cubic in between."""
-    if float(z) <= -width / 2:
+    if z.item() <= -width / 2:
         return z * 0
-    if float(z) >= width / 2:
+    if z.item() >= width / 2:
         return z * 0 + 1
     return -2 * z**3 / width**3 + 3 * z / (2 * width) + 0.5
 

@@ -14,17 +14,17 @@ from moe_lab.routing import Rows
 B, S, D, E = 3, 10, 8, 4
 
 
-@pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
+@pytest.mark.parametrize("group", ["sequence", "micro_batch"])
 @pytest.mark.parametrize(("k", "capacity"), [(1, 1.0), (2, 1.0), (2, 0.5), (1, 2.5), (3, 1.1), (4, 1.0)])
-def test_values_and_gradients_are_those_of_the_formula(scope: str, k: int, capacity: float):
-    moe = make_moe(preset("router", "expert_choice", k=k, capacity=capacity, scope=scope), D, E)
+def test_values_and_gradients_are_those_of_the_formula(group: str, k: int, capacity: float):
+    moe = make_moe(preset("router", "expert_choice", k=k, capacity=capacity) | {"group": group}, D, E)
     x_TD = randn(B * S, D).requires_grad_()
     y_TD, routing = moe(x_TD, context(seq_len=S))
-    groups = [x_TD] if scope == "micro_batch" else list(x_TD.view(B, S, D))
+    groups = [x_TD] if group == "micro_batch" else list(x_TD.view(B, S, D))
     expected = [across.expert_choice(x, moe.router.weight_ED, each_expert(moe), k * capacity) for x in groups]
     same_gradients(moe, x_TD, y_TD, torch.cat(expected))
     assert isinstance(routing.plan, Rows)
-    rows = moe.router.rows_per_token(S if scope == "sequence" else B * S)
+    rows = moe.router.rows_per_token(S if group == "sequence" else B * S)
     assert int(routing.plan.counts_E.sum()) == round(B * S * rows)
 
 
@@ -51,15 +51,15 @@ def test_at_collapse_the_load_is_even_and_whom_nobody_wants_keeps_its_residual()
     assert torch.equal(y_TD.any(-1), taken_T > 0) and not y_TD.any(-1).all()
 
 
-def changed(scope: str, first: Tensor, second: Tensor) -> Tensor:
-    moe = make_moe(preset("router", "expert_choice", scope=scope), D, E)
+def changed(group: str, first: Tensor, second: Tensor) -> Tensor:
+    moe = make_moe(preset("router", "expert_choice") | {"group": group}, D, E)
     return (moe(first, context(seq_len=S))[0] != moe(second, context(seq_len=S))[0]).any(-1)
 
 
-@pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
-def test_later_tokens_change_earlier_outputs(scope: str):
+@pytest.mark.parametrize("group", ["sequence", "micro_batch"])
+def test_later_tokens_change_earlier_outputs(group: str):
     x_TD, other_TD = randn(B * S, D), randn(B * S, D, key=("other",))
-    assert changed(scope, x_TD, torch.cat([x_TD[: S // 2], 3 * other_TD[S // 2 :]]))[: S // 2].any()
+    assert changed(group, x_TD, torch.cat([x_TD[: S // 2], 3 * other_TD[S // 2 :]]))[: S // 2].any()
 
 
 def test_sequences_meet_in_a_micro_batch_alone():

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_lab.config import option
 from moe_lab.routing import Choices, Context, Plan, Rows, Scored, Traits
 
-Scope = Literal["sequence", "micro_batch"]
+Group = Literal["sequence", "micro_batch"]
 
 
 @option("router", "expert_choice")
@@ -32,14 +32,14 @@ class ExpertChoice(Scored):
         *,
         k: Choices = 2,
         capacity: Annotated[float, Field(gt=0)] = 1.0,
-        scope: Scope = "sequence",
+        group: Group = "sequence",
     ):
         super().__init__(dim, num_experts, k=k)
-        self.capacity, self.scope = capacity, scope
+        self.capacity, self.group = capacity, group
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         T, E = rank_TE.shape
-        n = T if self.scope == "micro_batch" else ctx.seq_len or T
+        n = T if self.group == "micro_batch" else ctx.seq_len or T
         p_GnE = rank_TE.softmax(-1).view(-1, n, E)
         token_GCE = p_GnE.topk(self._takes(n), 1).indices
         token_GCE = token_GCE + torch.arange(0, T, n, device=rank_TE.device)[:, None, None]
@@ -55,5 +55,5 @@ class ExpertChoice(Scored):
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
-        alone = node["scope"] == "sequence"
+        alone = node["group"] == "sequence"
         return Traits(causal=False, batch_independent=alone, dropless=False, flops=min(node["capacity"], E / node["k"]))

@@ -77,9 +77,8 @@ class SoftMoE(Router):
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
-        per_token = {"none": None, "blocks": E * node["slots"] / node["block"], "prefix": E * node["slots"]}
-        rows = per_token[node["causal"]]
-        return Traits(causal=node["causal"] != "none", flops=None if rows is None else rows / node["k"])
+        alone = node["causal"] == "prefix"
+        return Traits(causal=node["causal"] != "none", flops=E * node["slots"] / node["k"] if alone else None)
 
 
 def unit(x_ND: Tensor) -> Tensor:

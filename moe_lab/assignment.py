@@ -3,6 +3,7 @@
 Shapes: T tokens, E experts.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -23,8 +24,8 @@ def prices(score_TE: Tensor, temperatures: Iterable[float | Tensor]) -> Tensor:
     T, E = score_TE.shape
     price_E = score_TE.new_zeros(E)
     for t in temperatures:
-        demand_E = ((score_TE - price_E) / t).log_softmax(-1).exp().sum(0) * (E / T)
-        price_E = price_E + t * demand_E.clamp_min(1e-30).log()
+        demand_E = ((score_TE - price_E) / t).log_softmax(-1).logsumexp(0)  # logarithms of tokens
+        price_E = price_E + t * (demand_E - math.log(T / E))
     return price_E
 
 

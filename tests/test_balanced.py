@@ -99,6 +99,14 @@ def test_sinkhorn_is_its_formula(T: int, E: int, k: int, training: bool):
         same_gradients(moe, x_TD, y_TD, torch.stack(rows))
 
 
+def test_base_finds_the_best_assignment():
+    """Of its own scores, for few tokens, against every assignment there is."""
+    router, x_TD = make_router(preset("router", "base"), D, 3), randn(8, D)
+    logits_TE = x_TD @ router.weight_ED.detach().T
+    expert_TK = router(x_TD, context(training=True)).plan.selected_TK
+    assert float(logits_TE.gather(1, expert_TK).sum()) == pytest.approx(across.best_balanced(logits_TE))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_base_weighs_its_expert_by_a_sigmoid(training: bool):
     T, E = 24, 4

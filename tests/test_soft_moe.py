@@ -9,7 +9,7 @@ import pytest
 import torch
 from layers import context, dense_weights, each_expert, grad, make_moe, make_router, preset, randn, same_gradients
 from oracles import across
-from peers import close, set_weights
+from peers import close, set_weights, soft_moe_pytorch
 from torch import Tensor
 
 from moe_lab import slots as mixing
@@ -53,8 +53,7 @@ def test_one_expert_and_more_experts_than_tokens(causal: str, block: int, num_ex
 def test_it_is_soft_moe_pytorch(per_expert: int):
     """Theirs scales tokens and slots to length sqrt(D) times a learned gain: that is a scale of D here, and their
     tokens are sqrt(D) x/|x|, which both mix. Their experts are two layers with a bias and a GELU."""
-    SoftMoE = pytest.importorskip("soft_moe_pytorch").SoftMoE
-    theirs = SoftMoE(D, num_slots=per_expert, num_experts=E, expert_mult=2).double()
+    theirs = soft_moe_pytorch()(D, num_slots=per_expert, num_experts=E, expert_mult=2).double()
     moe = make_moe(soft(slots=per_expert), D, E, experts="mlp", width=2 * D)
     pairs = {theirs.slot_embeds: moe.router.get_parameter("phi_PD").view(E, per_expert, D)}
     for e, net in enumerate(theirs.experts.experts):

@@ -37,8 +37,8 @@ class Base(Balanced):
     """BASE layers: the assignment of largest total score with at most ceil(T / E) tokens per expert, weighed by the
     sigmoid of the score (arXiv 2103.16716). No loss balances. In evaluation the best expert of each token.
 
-    Ours: the assignment is nearly the best, by a fixed number of operations (moe_lab/assignment.py). Of 2048 tokens with
-    8 experts it lost 0.002 % of what the best gains over an even one that knows nothing, in 18 ms on one core; SciPy's
+    Ours: the assignment is nearly the best, by a fixed number of operations (moe_lab/assignment.py). For 2048 tokens,
+    8 experts, it lost 0.002 % of what the best gains over an even one that knows nothing, in 18 ms on one core; SciPy's
     linear_sum_assignment, which finds the best on the host, took 160 to 2900 ms. For 64 experts: up to 0.4 %, 60 ms.
     """
 

@@ -57,3 +57,18 @@ class ExpertChoice(Scored):
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
         alone = node["group"] == "sequence"
         return Traits(causal=False, batch_independent=alone, dropless=False, flops=min(node["capacity"], E / node["k"]))
+
+    @classmethod
+    def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+        found, E, limit = super().conflicts(node, cfg), cfg["experts"]["num"], cfg["experts"]["capacity_factor"]
+        if not found and node["capacity"] * node["k"] > E:
+            found.append(
+                f"router.capacity={node['capacity']}: with router.k={node['k']} at most {E / node['k']:g}, where each of "
+                f"experts.num={E} experts takes all tokens"
+            )
+        if limit is not None:
+            found.append(
+                f"experts.capacity_factor={limit}: router=expert_choice fills every expert by itself; "
+                "router.capacity says how far"
+            )
+        return found

@@ -34,6 +34,7 @@ class SoftMoE(Router):
     """
 
     scored = False
+    every_expert = True
 
     def __init__(
         self,
@@ -49,10 +50,6 @@ class SoftMoE(Router):
         self.causal, self.block = causal, block
         self.phi_PD = parameter(num_experts * slots, dim, std=dim**-0.5)
         self.scale_1 = parameter(1, std=torch.inf)
-
-    @property
-    def active(self) -> int:
-        return self.num_experts
 
     def directions_ED(self) -> Tensor:
         """The mean of each expert's slot vectors."""
@@ -79,6 +76,16 @@ class SoftMoE(Router):
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
         alone = node["causal"] == "prefix"
         return Traits(causal=node["causal"] != "none", flops=E * node["slots"] / node["k"] if alone else None)
+
+    @classmethod
+    def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+        found = super().conflicts(node, cfg)
+        if node["causal"] == "blocks" and node["block"] >= cfg["seq_len"]:
+            found.append(
+                f"router.block={node['block']}: must be below seq_len={cfg['seq_len']}; in a sequence of one block all "
+                "experts read the first token alone"
+            )
+        return found
 
 
 def unit(x_ND: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ class ExpertChoice(Scored):
         found, E, limit = super().conflicts(node, cfg), cfg["experts"]["num"], cfg["experts"]["capacity_factor"]
         if not found and node["capacity"] * node["k"] > E:
             found.append(
-                f"router.capacity={node['capacity']}: with router.k={node['k']} at most {E / node['k']:g}, where each of "
-                f"experts.num={E} experts takes all tokens"
+                f"router.capacity={node['capacity']:g}: at most {E / node['k']:g} with router.k={node['k']} of "
+                f"experts.num={E}; then each expert takes all tokens"
             )
         if limit is not None:
             found.append(

@@ -20,19 +20,19 @@ def cost(parts: Parts) -> dict[str, Any]:
     for moe in model.moes:
         per_expert = sum(p.numel() for p in moe.experts.parameters()) // moe.experts.num
         idle += per_expert * (moe.experts.num - moe.router.active)
-        extra += per_expert * (executed(moe) - moe.router.active)
+        extra += per_expert * (executed(moe, S) - moe.router.active)
     active = total - idle
     # Two FLOPs per active weight (the tied embedding counts once, as the output head) and the attention products.
     attention = sum(4 * S * model.embed.shape[1] for _ in model.blocks)
     found: dict[str, Any] = {"params": total, "active_params": active}
-    found["flops_per_token"] = 2 * (active + extra) + attention
+    found["flops_per_token"] = round(2 * (active + extra)) + attention
     for moe in model.moes[:1]:
-        counts = {"chosen": moe.router.k, "active": moe.router.active, "executed": executed(moe)}
+        counts = {"chosen": moe.router.k, "active": moe.router.active, "executed": executed(moe, S)}
         found |= {f"experts_{name}": n for name, n in counts.items()}
-        found["executed_over_chosen"] = executed(moe) / moe.router.k
+        found["executed_over_chosen"] = executed(moe, S) / moe.router.k
     return found
 
 
-def executed(moe: MoE) -> int:
-    """Experts that run on each token."""
-    return moe.experts.num if moe.router.every_expert else moe.router.k
+def executed(moe: MoE, seq_len: int) -> float:
+    """Expert rows that run per token."""
+    return moe.router.rows_per_token(seq_len)

@@ -209,7 +209,7 @@ class Assignments:
         weight_TK, chosen_TK = self.weight_TK, self.chosen_TK
         if chosen_TK is not None:
             weight_TK = weight_TK.masked_fill(~chosen_TK, 0)
-        hard = _hardened(self.expert_TK[:, :k], weight_TK[:, :k], weight_TK, self.num_experts)
+        hard = hardened(self.expert_TK[:, :k], weight_TK[:, :k], weight_TK, self.num_experts)
         return hard if chosen_TK is None else replace(hard, chosen_TK=chosen_TK[:, :k])
 
 
@@ -260,7 +260,7 @@ class Mixture:
 
     def harden(self, k: int) -> Assignments:
         expert_TK = self.selected_TK[:, :k]
-        return _hardened(expert_TK, self.weight_TE.gather(1, expert_TK), self.weight_TE, self.num_experts)
+        return hardened(expert_TK, self.weight_TE.gather(1, expert_TK), self.weight_TE, self.num_experts)
 
 
 @dataclass(frozen=True)
@@ -334,10 +334,10 @@ class Rows:
         chosen_TK = expert_TK < self.num_experts
         expert_TK = expert_TK.clamp_max(self.num_experts - 1)
         weight_TK = self._weight_TE.gather(1, expert_TK) * chosen_TK
-        return replace(_hardened(expert_TK, weight_TK, self._weight_TE, self.num_experts), chosen_TK=chosen_TK)
+        return replace(hardened(expert_TK, weight_TK, self._weight_TE, self.num_experts), chosen_TK=chosen_TK)
 
 
-def _hardened(expert_TK: Tensor, weight_TK: Tensor, all_TX: Tensor, num_experts: int) -> Assignments:
+def hardened(expert_TK: Tensor, weight_TK: Tensor, all_TX: Tensor, num_experts: int) -> Assignments:
     return Assignments(expert_TK, shares(weight_TK) * all_TX.sum(-1, keepdim=True), num_experts)
 
 

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from moe_lab.plans import Assignments, Mixture, Plan, Rows, best, shares
+from moe_lab import plans
+from moe_lab.plans import Assignments, Mixture, Rows, best, shares
 from moe_lab.seeding import parameter
+from moe_lab.slots import Slots
 from moe_lab.traits import Traits
 
 __all__ = [
@@ -32,11 +34,13 @@ __all__ = [
     "Routing",
     "Rows",
     "Scored",
+    "Slots",
     "Traits",
     "best",
     "with_outputs",
 ]
 Choices = Annotated[int, Field(ge=1)]
+Plan = plans.Plan | Slots
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,9 @@ class Routing:
 class Router(nn.Module):
     """Base of all routers: score, noise, choice, gate, in fp32 whatever the model's dtype.
 
-    A subclass writes `choose` and sometimes `score`, `gate` or another of the methods below. It draws no random
-    numbers (the loop passes them in), and holds no balance loss, no counter and no metric. Temperature shapes the gate
-    and never the choice: argmax((z+g)/t) samples softmax(z), argmax(z/t+g) would not.
+    A subclass writes `choose` and sometimes `score`, `gate` or another of the methods below, or `route` as a whole. It
+    draws no random numbers (the loop passes them in), and holds no balance loss, no counter and no metric. Temperature
+    shapes the gate and never the choice: argmax((z+g)/t) samples softmax(z), argmax(z/t+g) would not.
     """
 
     noise: str = "none"  # the distribution of its own logit noise: none, gaussian, gumbel
@@ -194,6 +198,10 @@ class Router(nn.Module):
         """How many experts shape a token's output."""
         return self.num_experts if self.every_expert else self.k
 
+    def rows_per_token(self, seq_len: int) -> float:
+        """Rows that the experts run per token of sequences of this length."""
+        return self.num_experts if self.every_expert else self.k
+
     def top_k(self, rank_TE: Tensor, gates_TE: Tensor, renormalise: bool = False) -> Assignments:
         """The k best-ranked experts of each token, weighted by their gate values (renormalised to sum to one)."""
         expert_TK = best(rank_TE, self.k)
@@ -208,27 +216,31 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = x_TD.float() if x_TD.dtype != torch.float64 else x_TD
-            for e in ctx.exploring:
-                x_TD = e.explorer.input(x_TD, e.drawn, e.strength)
-            logits_TE = self.score(x_TD, ctx)
-            sharp_TE = logits_TE / ctx.knobs.temperature
-            clean_TE = gates_TE = self.gate(sharp_TE)
-            noisy_TE, std_TE, allowed = self._disturbed(x_TD, logits_TE, ctx)
-            if noisy_TE is not logits_TE:
-                gates_TE = self.gate(noisy_TE / ctx.knobs.temperature)
-            rank_TE = noisy_TE if ctx.bias_E is None else self.merit(noisy_TE) + ctx.bias_E
-            for e in ctx.exploring:
-                rank_TE = e.explorer.rank(rank_TE, e.drawn, e.strength)
-            if allowed is not None:  # last: a bias must not bring an expert back
-                rank_TE = rank_TE.masked_fill(~allowed, -torch.inf)
-            plan = self.choose(rank_TE.detach(), gates_TE, ctx)
-            for e in ctx.exploring:
-                plan = e.explorer.plan(plan, gates_TE, e.drawn, e.strength)
-            probs_TE = self.distribution(sharp_TE, clean_TE)
-            extra, offset_TD = self.extras(x_TD, noisy_TE, plan, ctx), self.offset(plan, gates_TE, ctx)
+            routing = self.route(x_TD.float() if x_TD.dtype != torch.float64 else x_TD, ctx)
         if ctx.hard is not None:
-            plan = plan.harden(ctx.hard)
+            routing = replace(routing, plan=routing.plan.harden(ctx.hard))
+        return routing
+
+    def route(self, x_TD: Tensor, ctx: Context) -> Routing:
+        """The decision on fp32 tokens; routers without scores per token and expert write their own."""
+        for e in ctx.exploring:
+            x_TD = e.explorer.input(x_TD, e.drawn, e.strength)
+        logits_TE = self.score(x_TD, ctx)
+        sharp_TE = logits_TE / ctx.knobs.temperature
+        clean_TE = gates_TE = self.gate(sharp_TE)
+        noisy_TE, std_TE, allowed = self._disturbed(x_TD, logits_TE, ctx)
+        if noisy_TE is not logits_TE:
+            gates_TE = self.gate(noisy_TE / ctx.knobs.temperature)
+        rank_TE = noisy_TE if ctx.bias_E is None else self.merit(noisy_TE) + ctx.bias_E
+        for e in ctx.exploring:
+            rank_TE = e.explorer.rank(rank_TE, e.drawn, e.strength)
+        if allowed is not None:  # last: a bias must not bring an expert back
+            rank_TE = rank_TE.masked_fill(~allowed, -torch.inf)
+        plan = self.choose(rank_TE.detach(), gates_TE, ctx)
+        for e in ctx.exploring:
+            plan = e.explorer.plan(plan, gates_TE, e.drawn, e.strength)
+        probs_TE = self.distribution(sharp_TE, clean_TE)
+        extra, offset_TD = self.extras(x_TD, noisy_TE, plan, ctx), self.offset(plan, gates_TE, ctx)
         return Routing(plan, logits_TE, probs_TE, noisy_TE, std_TE, extra, offset_TD)
 
     def _disturbed(self, x_TD: Tensor, logits_TE: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -4,6 +4,7 @@ Shapes: T tokens, D width, E experts, F hidden.
 """
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from moe_lab import seeding
-from moe_lab.config import build, registered
+from moe_lab.config import build, registered, schema
 from moe_lab.model.moe import MoE
 from moe_lab.routing import Context, Knobs, Plan, Router, Traits
 
@@ -44,6 +46,8 @@ def router_cases() -> list[Any]:
         axes = {name: values for name, values in AXES.items() if name in node}
         for values in itertools.product(*axes.values()):
             changes = dict(zip(axes, values, strict=True))
+            if not fits("router", node | changes):
+                continue
             label = "-".join([file.stem, *(f"{name}={value}" for name, value in changes.items())])
             cases.append(pytest.param(node | changes, id=label))
     return cases
@@ -54,12 +58,24 @@ def traits(node: dict[str, Any], E: int) -> Traits:
     return registered("router")[node["name"]].traits(node, E)
 
 
+def fits(group: str, node: dict[str, Any]) -> bool:
+    """Whether the option takes these values: BASE has no k=2."""
+    try:
+        schema(registered(group)[node["name"]]).model_validate({k: v for k, v in node.items() if k != "name"})
+    except ValidationError:
+        return False
+    return True
+
+
 def fill(module: nn.Module, *key: int | str) -> None:
     """Every parameter N(0, 1 / its fan-in), also those that start at zero in training."""
     with torch.no_grad():
         for name, p in module.named_parameters():
-            last = name.endswith(("_ED", "_DD", "_LD", "_EL")) or p.ndim == 1  # where the inputs stand
-            fan_in = 1 if p.ndim == 0 else p.shape[-1 if last else -2]
+            if p.ndim < 2:  # gains and temperatures
+                p.fill_(1.0)
+                continue
+            inputs_last = name.endswith(("_ED", "_DD", "_LD", "_EL", "_PD", "_KD"))
+            fan_in = p.shape[-1 if inputs_last else -2]
             p.copy_(randn(*p.shape, key=(*key, name)) * fan_in**-0.5)
 
 
@@ -122,6 +138,26 @@ def dense_weights(plan: Plan) -> Tensor:
     number_N = torch.arange(len(rows_N1), device=like.device)
     expert_N = torch.searchsorted(plan.counts_E.cumsum(0), number_N, right=True)  # E: rows of no expert
     return plan.combine(F.one_hot(expert_N, plan.num_experts + 1)[:, :-1].to(like.dtype))
+
+
+def each_expert(moe: MoE) -> list[Callable[[Tensor], Tensor]]:
+    """Its swiglu experts as functions of one row [D]."""
+
+    def run(w_ID: Tensor, w_FD: Tensor) -> Callable[[Tensor], Tensor]:
+        gate_FD, up_FD = w_ID.chunk(2)
+        return lambda x_D: (F.silu(gate_FD @ x_D) * (up_FD @ x_D)) @ w_FD
+
+    return [run(w_ID, w_FD) for w_ID, w_FD in zip(moe.experts.w_in_EID, moe.experts.w_out_EFD, strict=True)]
+
+
+def same_gradients(moe: MoE, x_TD: Tensor, y_TD: Tensor, oracle_TD: Tensor) -> None:
+    """Two outputs made of the same parameters and tokens: their values and all gradients of a random projection."""
+    torch.testing.assert_close(y_TD, oracle_TD, rtol=1e-9, atol=1e-11)
+    c_TD, leaves = randn(*y_TD.shape, key=("c",)), [x_TD, *moe.parameters()]
+    got, expected = (torch.autograd.grad((out * c_TD).sum(), leaves, allow_unused=True) for out in (y_TD, oracle_TD))
+    for mine, other in zip(got, expected, strict=True):
+        assert other is not None and other.any(), "nothing to compare"
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)
 
 
 def norm(gradients: Any) -> float:

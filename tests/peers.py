@@ -28,6 +28,11 @@ def st_moe() -> Any:
         return importlib.import_module("st_moe_pytorch.st_moe_pytorch")
 
 
+def soft_moe_pytorch() -> Any:
+    """The layer, which knows one form: slots from the whole sequence."""
+    return importlib.import_module("soft_moe_pytorch").SoftMoE
+
+
 def close(pairs: dict[str, tuple[Tensor, Tensor]], tolerance: float) -> None:
     for name, (got, expected) in pairs.items():
         assert got.shape == expected.shape, name

@@ -13,7 +13,8 @@ from layers import context, dense_weights, grad, make_moe, preset, randn
 from torch import Tensor
 from torch.autograd import Function, gradcheck
 
-from moe_lab.routing import Assignments, Mixture, Plan, Rows
+from moe_lab.plans import Plan
+from moe_lab.routing import Assignments, Mixture, Rows
 
 T, D, E, K = 7, 3, 4, 2
 

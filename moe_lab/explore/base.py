@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_lab.config import registered
-from moe_lab.plans import Plan
-from moe_lab.routing import Draw
+from moe_lab.routing import Draw, Plan
 from moe_lab.schedules import Schedule
 
 

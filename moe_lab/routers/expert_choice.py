@@ -1,0 +1,74 @@
+"""Expert choice: each expert takes the tokens that want it most."""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from moe_lab.config import option
+from moe_lab.routing import Choices, Context, Plan, Rows, Scored, Traits
+
+Group = Literal["sequence", "micro_batch"]
+
+
+@option("router", "expert_choice")
+class ExpertChoice(Scored):
+    """Of every group of n tokens each expert takes the ceil(capacity n k / E) of highest probability, which is also the
+    weight of its output (arXiv 2202.09368). The load is equal by construction; a token gets any number of experts, k of
+    them on average at capacity 1, and none at all where nobody wants it.
+
+    Whether an expert takes a token depends on the tokens after it: not causal, in evaluation neither.
+    """
+
+    scored = False
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        k: Choices = 2,
+        capacity: Annotated[float, Field(gt=0)] = 1.0,
+        group: Group = "sequence",
+    ):
+        super().__init__(dim, num_experts, k=k)
+        self.capacity, self.group = capacity, group
+
+    def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
+        T, E = rank_TE.shape
+        n = T if self.group == "micro_batch" else ctx.seq_len or T
+        p_GnE = rank_TE.softmax(-1).view(-1, n, E)
+        token_GCE = p_GnE.topk(self._takes(n), 1).indices
+        token_GCE = token_GCE + torch.arange(0, T, n, device=rank_TE.device)[:, None, None]
+        token_EC = token_GCE.permute(2, 0, 1).flatten(1)
+        return Rows(token_EC, gates_TE.T.gather(1, token_EC), T)
+
+    def _takes(self, n: int) -> int:
+        """Tokens of a group of n that each expert takes."""
+        return min(n, math.ceil(self.capacity * n * self.k / self.num_experts - 1e-6))
+
+    def rows_per_token(self, seq_len: int) -> float:
+        return self._takes(seq_len) * self.num_experts / seq_len
+
+    @classmethod
+    def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
+        alone = node["group"] == "sequence"
+        return Traits(causal=False, batch_independent=alone, dropless=False, flops=min(node["capacity"], E / node["k"]))
+
+    @classmethod
+    def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+        found, E, limit = super().conflicts(node, cfg), cfg["experts"]["num"], cfg["experts"]["capacity_factor"]
+        if not found and node["capacity"] * node["k"] > E:
+            found.append(
+                f"router.capacity={node['capacity']:g}: at most {E / node['k']:g} with router.k={node['k']} of "
+                f"experts.num={E}; then each expert takes all tokens"
+            )
+        if limit is not None:
+            found.append(
+                f"experts.capacity_factor={limit}: router=expert_choice fills every expert by itself; "
+                "router.capacity says how far"
+            )
+        return found

@@ -97,7 +97,10 @@ def contexts(
     layers = []
     for ctx, d in zip(found, drawn, strict=True):
         exploring = tuple(Exploring(e, by, mine) for (e, by), mine in zip(strengths, d.explorers, strict=True))
-        layers.append(replace(ctx, noise_TE=d.noise_TE, draws=d.router, exploring=exploring, training=training))
+        told = replace(ctx, noise_TE=d.noise_TE, draws=d.router, exploring=exploring, training=training)
+        curves = parts.model.moes[len(layers)].router.curves
+        own = {name: _scalar(parts, curve.at(values.progress)) for name, curve in curves.items()}
+        layers.append(replace(told, strengths=own))
     return layers
 
 
@@ -213,7 +216,7 @@ class Loop:
             total.backward()
             self.sums[: 2 + len(terms)] += torch.stack([task, total, *terms]).detach()
             self.recorder.see(view(out, part, loss_T.detach(), closes=i == n - 1))
-            self.upkeep.add(out, s.seq_len)
+            self.upkeep.add(out, loss_T.detach(), part.counted.flatten(), s.seq_len)
         self._update(step)
         self.upkeep.close(values, s.seq_len)
         self.tokens += tokens

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moe_lab.plans import Assignments, Mixture, Plan, Rows, best, shares
+from moe_lab.schedules import Curve
 from moe_lab.seeding import parameter
 from moe_lab.traits import Traits
 
@@ -91,6 +92,7 @@ class Context:
     hard:     evaluate with only the `hard` strongest experts of each token's choice, None for the choice as trained.
     seq_len:  tokens are sequences of so many, one behind the other. ids_T: the input's token ids.
     draws:    what the router's `draws` ask for, by name. exploring: the explorers at work, none in evaluation.
+    strengths: what the router's `curves` say at this point of the run, by name.
     """
 
     knobs: Knobs
@@ -102,6 +104,7 @@ class Context:
     draws: Mapping[str, Tensor] = field(default_factory=dict)
     exploring: tuple[Exploring, ...] = ()
     training: bool = False
+    strengths: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ class Router(nn.Module):
     every_expert: bool = False  # whether all experts run on all tokens
     scored: bool = True  # whether a ranking of each token's scores decides: what explorers and a selection bias move
     wants_outputs: bool = False  # whether it is told the sum of each expert's outputs, extra["output_sum_ED"]
+    wants_losses: bool = False  # whether `statistics` is told each token's task loss, extra["loss_T"], ["counted_T"]
+    curves: Mapping[str, Curve] = {}  # what of its own moves over the run: ctx.strengths
     data_dependent_init: bool = False  # whether `init_from` fills its buffers before step 0
     weight_ED: Tensor  # of routers with a learned row per expert; `directions_ED` serves all
 

@@ -25,7 +25,7 @@ MAY: dict[str, set[str]] = {
     "checkpoint": {"durable", "reading"},
     "plans": set(),
     "traits": set(),
-    "routing": {"plans", "seeding", "traits"},
+    "routing": {"plans", "schedules", "seeding", "traits"},
     "settings": {"config"},
     "schedules": {"config"},
     "optim": {"config"},

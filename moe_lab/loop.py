@@ -95,11 +95,10 @@ def contexts(
     explorers = parts.explorers.values() if training else ()
     strengths = [(e, _scalar(parts, e.strength.at(values.progress) * values.noise)) for e in explorers]
     layers = []
-    for ctx, d in zip(found, drawn, strict=True):
+    for ctx, d, moe in zip(found, drawn, parts.model.moes, strict=True):
         exploring = tuple(Exploring(e, by, mine) for (e, by), mine in zip(strengths, d.explorers, strict=True))
         told = replace(ctx, noise_TE=d.noise_TE, draws=d.router, exploring=exploring, training=training)
-        curves = parts.model.moes[len(layers)].router.curves
-        own = {name: _scalar(parts, curve.at(values.progress)) for name, curve in curves.items()}
+        own = {name: _scalar(parts, curve.at(values.progress)) for name, curve in moe.router.curves.items()}
         layers.append(replace(told, strengths=own))
     return layers
 

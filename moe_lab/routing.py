@@ -137,6 +137,7 @@ class Router(nn.Module):
     noise: str = "none"  # the distribution of its own logit noise: none, gaussian, gumbel
     draws: Mapping[str, Draw] = {}  # what else the loop draws for it
     every_expert: bool = False  # whether all experts run on all tokens
+    ragged: bool = False  # whether a token may have more or fewer than k experts
     scored: bool = True  # whether a ranking of each token's scores decides: what explorers and a selection bias move
     wants_outputs: bool = False  # whether it is told the sum of each expert's outputs, extra["output_sum_ED"]
     wants_losses: bool = False  # whether `statistics` is told each token's task loss, extra["loss_T"], ["counted_T"]

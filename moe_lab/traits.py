@@ -11,7 +11,7 @@ class Traits:
     causal: changing later tokens changes no earlier output. batch_independent: other sequences change nothing.
     stochastic: two draws in training, two choices; every router is deterministic in evaluation.
     dropless: without a capacity every token gets the experts it chose. static_shapes: row counts do not depend on data.
-    flops: expert FLOPs per token over those of the k chosen experts.
+    flops: expert FLOPs per token over those of the k chosen experts; None: they depend on the data.
     """
 
     live: bool | None = True
@@ -21,4 +21,4 @@ class Traits:
     stochastic: bool = False
     dropless: bool = True
     static_shapes: bool = True
-    flops: float = 1.0
+    flops: float | None = 1.0

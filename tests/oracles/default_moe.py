@@ -15,7 +15,7 @@ def layer(x_TD: Tensor, weight_ED: Tensor, out_TED: Tensor, mean_ED: Tensor, k: 
     for t in range(x_TD.shape[0]):
         z = [(weight_ED[i] * x_TD[t]).sum() for i in range(weight_ED.shape[0])]
         total = sum(v.exp() for v in z)
-        best = sorted(range(len(z)), key=lambda i: -float(z[i]))[:k]
+        best = sorted(range(len(z)), key=lambda i: -float(z[i].detach()))[:k]
         y = torch.zeros_like(x_TD[t])
         for i, v in enumerate(z):
             y = y + v.exp() / total * (out_TED[t, i] if i in best else mean_ED[i])

@@ -19,7 +19,7 @@ def route(x_TD: Tensor, mean_ED: Tensor, bias: list[float], k: int, tau: float, 
     experts, weights = [], []
     for x in x_TD:
         cosines = [cosine(x, m) for m in mean_ED]
-        best = sorted(range(len(cosines)), key=lambda i: -(float(cosines[i]) + bias[i]))[:k]
+        best = sorted(range(len(cosines)), key=lambda i: -(float(cosines[i].detach()) + bias[i]))[:k]
         if gate == "softmax":
             total = sum((cosines[i] / tau).exp() for i in best)
             weight = [(cosines[i] / tau).exp() / total for i in best]

@@ -29,7 +29,7 @@ def regulariser(gates: Sequence[Tensor], k: int, load: bool) -> Tensor:
     for R in gates:
         T, E = R.shape
         for e in range(E):
-            f = E / (k * T) * sum(float(R[t, e]) > 0 for t in range(T)) if load else 1.0
+            f = E / (k * T) * sum(float(R[t, e].detach()) > 0 for t in range(T)) if load else 1.0
             for t in range(T):
                 total = total + f * R[t, e] / (len(gates) * T)
     return total

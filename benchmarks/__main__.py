@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.harness import surroundings
 
-EACH = ("layer", "memory", "step", "diagnostics", "startup", "sharing", "graph", "mirror")
+EACH = ("layer", "memory", "step", "diagnostics", "startup", "sharing", "graph", "mirror", "reinforce")
 
 
 def main(names: list[str]) -> int:

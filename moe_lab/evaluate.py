@@ -80,7 +80,7 @@ class Evaluator:
         moes = self.parts.model.moes
         if not moes:
             return [None]
-        soft = any(m.router.every_expert for m in moes)
+        soft = any(m.router.every_expert or m.router.ragged for m in moes)
         return [None, *([1] if self.k > 1 or soft else []), *([self.k] if self.k > 1 and soft else [])]
 
     def _recorder(self) -> Recorder:

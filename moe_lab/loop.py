@@ -95,9 +95,11 @@ def contexts(
     explorers = parts.explorers.values() if training else ()
     strengths = [(e, _scalar(parts, e.strength.at(values.progress) * values.noise)) for e in explorers]
     layers = []
-    for ctx, d in zip(found, drawn, strict=True):
+    for ctx, d, moe in zip(found, drawn, parts.model.moes, strict=True):
         exploring = tuple(Exploring(e, by, mine) for (e, by), mine in zip(strengths, d.explorers, strict=True))
-        layers.append(replace(ctx, noise_TE=d.noise_TE, draws=d.router, exploring=exploring, training=training))
+        told = replace(ctx, noise_TE=d.noise_TE, draws=d.router, exploring=exploring, training=training)
+        own = {name: _scalar(parts, curve.at(values.progress)) for name, curve in moe.router.curves.items()}
+        layers.append(replace(told, strengths=own))
     return layers
 
 
@@ -213,7 +215,7 @@ class Loop:
             total.backward()
             self.sums[: 2 + len(terms)] += torch.stack([task, total, *terms]).detach()
             self.recorder.see(view(out, part, loss_T.detach(), closes=i == n - 1))
-            self.upkeep.add(out, s.seq_len)
+            self.upkeep.add(out, loss_T.detach(), part.counted.flatten(), s.seq_len)
         self._update(step)
         self.upkeep.close(values, s.seq_len)
         self.tokens += tokens

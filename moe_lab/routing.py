@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moe_lab import plans
 from moe_lab.plans import Assignments, Mixture, Rows, best, shares
+from moe_lab.schedules import Curve
 from moe_lab.seeding import parameter
 from moe_lab.slots import Slots
 from moe_lab.traits import Traits
@@ -95,6 +96,7 @@ class Context:
     hard:     evaluate with only the `hard` strongest experts of each token's choice, None for the choice as trained.
     seq_len:  tokens are sequences of so many, one behind the other. ids_T: the input's token ids.
     draws:    what the router's `draws` ask for, by name. exploring: the explorers at work, none in evaluation.
+    strengths: what the router's `curves` say at this point of the run, by name.
     """
 
     knobs: Knobs
@@ -106,6 +108,7 @@ class Context:
     draws: Mapping[str, Tensor] = field(default_factory=dict)
     exploring: tuple[Exploring, ...] = ()
     training: bool = False
+    strengths: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,11 @@ class Router(nn.Module):
     noise: str = "none"  # the distribution of its own logit noise: none, gaussian, gumbel
     draws: Mapping[str, Draw] = {}  # what else the loop draws for it
     every_expert: bool = False  # whether all experts run on all tokens
+    ragged: bool = False  # whether a token may have more or fewer than k experts
     scored: bool = True  # whether a ranking of each token's scores decides: what explorers and a selection bias move
     wants_outputs: bool = False  # whether it is told the sum of each expert's outputs, extra["output_sum_ED"]
+    wants_losses: bool = False  # whether `statistics` is told each token's task loss, extra["loss_T"], ["counted_T"]
+    curves: Mapping[str, Curve] = {}  # what of its own moves over the run: ctx.strengths
     data_dependent_init: bool = False  # whether `init_from` fills its buffers before step 0
     weight_ED: Tensor  # of routers with a learned row per expert; `directions_ED` serves all
 

@@ -36,9 +36,12 @@ class Upkeep:
         return [Layer(moe, seq_len, earlier, state) for moe, earlier, state in known]
 
     @torch.no_grad()
-    def add(self, out: Output, seq_len: int) -> None:
+    def add(self, out: Output, loss_T: Tensor, counted_T: Tensor, seq_len: int) -> None:
         """Sum up one micro-batch, after its losses."""
         for moe, x_TD, routing, total in zip(self.moes, out.inputs, out.routings, self.of_routers, strict=True):
+            if moe.router.wants_losses:
+                losses = {"loss_T": loss_T, "counted_T": counted_T}
+                routing = replace(routing, extra={**routing.extra, **losses})
             _add(total, moe.router.statistics(x_TD, routing))
         for name, balancer in self.balancers.items():
             layers, totals = self.layers(name, seq_len), self.of_balancers[name]
@@ -52,8 +55,8 @@ class Upkeep:
             if stats:
                 moe.router.after_step(stats, values.progress)
         for name, balancer in self.balancers.items():
-            for layer, stats in zip(self.layers(name, seq_len), self.of_balancers[name], strict=True):
-                balancer.after_step(layer, stats, values.bias_rate, values.progress)
+            layers, stats = self.layers(name, seq_len), self.of_balancers[name]
+            balancer.after_update(layers, stats, values.bias_rate, values.progress)
         self.begin()
 
     def _entries(self) -> Iterator[tuple[str, Stats, str]]:

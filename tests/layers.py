@@ -86,7 +86,10 @@ def randn(*shape: int, key: tuple[int | str, ...] = ()) -> Tensor:
 def make_router(node: dict[str, Any], D: int, E: int, dtype: torch.dtype = torch.float64) -> Router:
     router: Router = build("router", node, D, E)
     fill(router, "router")
-    return router.to(dtype)
+    router = router.to(dtype)
+    if router.data_dependent_init:
+        router.init_from(randn(4 * E, D, key=("start",)).to(dtype))
+    return router
 
 
 def make_moe(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import diagnostics, graph, harness, layer, memory, sharing, startup, step
+from benchmarks import diagnostics, graph, harness, layer, memory, reinforce, sharing, startup, step
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="measures the GPU where there is one: make bench")
 SMALL = ["model.dim=32", "model.layers=1", "experts.num=4", "seq_len=32", "dataset=clusters"]
@@ -90,3 +90,18 @@ def test_sharing() -> None:
 def test_graph_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     graph.main()
     assert "needs a CUDA device" in capsys.readouterr().out
+
+
+def test_reinforce(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few draws, but enough to see that no baseline biases the gradient, and that each saves variance."""
+    monkeypatch.setattr(reinforce, "single_thread", lambda: None)
+    monkeypatch.setattr(reinforce, "MODEL", [*reinforce.MODEL, "model.dim=16", "experts.num=4", "batch_size=4"])
+    monkeypatch.setattr(reinforce, "DATA", ["dataset=clusters"])
+    monkeypatch.setattr(reinforce, "AFTER", (5,))
+    monkeypatch.setattr(reinforce, "DRAWS", 100)
+    reinforce.main()
+    rows = [line.rsplit(maxsplit=5) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")][1:]
+    assert [row[0].strip() for row in rows] == ["none", "mean", "critic", "each token's expected loss"]
+    shares = [float(row[2]) for row in rows]
+    assert shares[0] == 1 and max(shares[1:3]) < 0.1 and shares[3] < min(shares[:3])
+    assert all(float(bias) < 2 * float(error) for *_, bias, error in rows)

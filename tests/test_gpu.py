@@ -42,7 +42,7 @@ ROUTERS += [
 ]
 ROUTERS += [("router=softmax_ste", "router.backward=dense"), ("experts=mlp", "experts.capacity_factor=1.0")]
 BALANCERS = sorted(path.stem for path in Path(CONF, "balance").glob("*.yaml"))
-NEEDS = {"load": "router=noisy_topk", "loss_free": "router=sigmoid_topk"}
+NEEDS = {"load": "router=noisy_topk", "loss_free": "router=sigmoid_topk", "l1_adaptive": "router=relu"}
 routers = pytest.mark.parametrize("router", ROUTERS, ids=" ".join)
 
 

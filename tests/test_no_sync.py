@@ -23,7 +23,7 @@ from moe_lab.routing import Routing
 
 ROUTERS = sorted(path.stem for path in Path(CONF, "router").glob("*.yaml"))
 BALANCERS = sorted(path.stem for path in Path(CONF, "balance").glob("*.yaml"))
-NEEDS = {"load": "router=noisy_topk", "loss_free": "router=sigmoid_topk"}
+NEEDS = {"load": "router=noisy_topk", "loss_free": "router=sigmoid_topk", "l1_adaptive": "router=relu"}
 OTHERS = [
     ("router=topk", "router.k=3", "explore=[gaussian]"),
     ("router=switch", "explore=[gumbel]", "schedule=anneal"),

@@ -14,6 +14,7 @@ from moe_lab import load
 from moe_lab.assemble import assemble
 from moe_lab.checkpoint import Checkpoint
 from moe_lab.checkpoint import newest as find_newest
+from moe_lab.config import registered
 from moe_lab.cost import cost
 from moe_lab.evaluate import Evaluator
 from moe_lab.loop import Loop
@@ -58,13 +59,15 @@ PRESETS = [
 def test_every_preset_trains_two_steps(preset: str, tmp_path: Path) -> None:
     group, name = preset.split("=")
     choice = f"{group}=[{name}]" if group == "balance" else preset
-    needs = {"load": ["router=noisy_topk"], "loss_free": ["router=sigmoid_topk"]}.get(name, [])
-    summary = run(tmp_path, choice, *needs, "steps=2", "eval_every=2")
+    needs = {"load": ["router=noisy_topk"], "loss_free": ["router=sigmoid_topk"], "l1_adaptive": ["router=relu"]}
+    summary = run(tmp_path, choice, *needs.get(name, []), "steps=2", "eval_every=2")
     assert summary["status"] == "completed"
     assert summary["loss"] > 0 and summary["eval"]["loss"] > 0
     rows = load(tmp_path).metrics
     assert [row["step"] for row in rows] == [1, 2]
-    assert all(ratio is not None for ratio in rows[0]["moe/router_grad_ratio"])
+    router = tiny(choice, *needs.get(name, []))["router"]
+    untrained = registered("router")[router["name"]].traits(router, 4).live is None
+    assert all((ratio is None) == untrained for ratio in rows[0]["moe/router_grad_ratio"])
 
 
 @pytest.mark.parametrize("every", [1, 2])

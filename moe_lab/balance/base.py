@@ -54,6 +54,13 @@ class Balancer:
     def after_step(self, layer: Layer, stats: Mapping[str, Tensor], rate: float, progress: float) -> None:
         """Move `layer.moe.bias_E` or `layer.state` from the statistics of an update; rate is schedule.bias_rate."""
 
+    def after_update(
+        self, layers: Sequence[Layer], stats: Sequence[Mapping[str, Tensor]], rate: float, progress: float
+    ) -> None:
+        """The same for all layers together, where one moves by what another did; else layer after layer."""
+        for layer, of_layer in zip(layers, stats, strict=True):
+            self.after_step(layer, of_layer, rate, progress)
+
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         return []

@@ -43,7 +43,7 @@ MISTAKES = {
     "router=gumbel_ste router.renormalise=true": ["it belongs to", "router=sigmoid_topk |", "| router=topk"],
     "dataset.paths=[x]": ["dataset.paths: not a key of what is chosen here; it belongs to dataset=text"],
     "balance=[swich]": ["balance=swich: no such option; did you mean switch?"],
-    "balance=nope": ["there are: entropy, importance, load"],
+    "balance=nope": ["there are: entropy, erc, gshard"],
     "~routr": ["did you mean router?"],
     "~router": ["router: nothing chosen; try router="],
     "hydra.swep.dir=x": ["did you mean hydra.sweep.dir?"],

@@ -28,7 +28,7 @@ def softmax(logits_TE: Tensor) -> list[list[Tensor]]:
     """Each token's exp(z) over its row sum, shifted by the row's largest."""
     rows = []
     for z_E in logits_TE:
-        top = max(float(z) for z in z_E)
+        top = max(z_E.tolist())
         exps = [torch.exp(z - top) for z in z_E]
         rows.append([e / total(exps) for e in exps])
     return rows

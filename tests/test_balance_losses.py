@@ -281,7 +281,7 @@ class Run:
         return self._upkeep(balancer).layers("b", seq_len)[0]
 
     def add(self, balancer: Balancer, routing: Routing) -> None:
-        out = Output(torch.zeros(()), [routing], [torch.zeros(())])
+        out = Output(torch.zeros(()), (routing,), (torch.zeros(()),))
         self._upkeep(balancer).add(out, 1)
 
     def close(self, balancer: Balancer) -> None:

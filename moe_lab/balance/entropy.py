@@ -43,10 +43,10 @@ class Entropy(LoadLoss):
         return tuple(tables)
 
     def of_means(self, *means_GE: Tensor) -> Tensor:
-        loss_G = means_GE[-1].sum(-1) if self.of != "mean" else 0
-        if self.of != "token":
-            loss_G = loss_G + math.log(means_GE[0].shape[1]) + p_log_p(means_GE[0]).sum(-1)
-        return loss_G
+        if self.of == "token":
+            return means_GE[0].sum(-1)
+        balance_G = math.log(means_GE[0].shape[1]) + p_log_p(means_GE[0]).sum(-1)
+        return balance_G if self.of == "mean" else balance_G + means_GE[1].sum(-1)
 
 
 def p_log_p(p: Tensor) -> Tensor:

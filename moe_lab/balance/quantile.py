@@ -43,7 +43,7 @@ class Quantile(MovesBias):
         assert moe is not None
         low, width = bins(moe.bias_E)
         needed_E = low + width * quantile(stats["count_EB"], moe.router.k / moe.experts.num)
-        moe.bias_E.lerp_(needed_E - needed_E.mean(), min(rate, 1.0))
+        moe.bias_E += min(rate, 1.0) * (needed_E - needed_E.mean() - moe.bias_E)
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:

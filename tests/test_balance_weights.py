@@ -3,16 +3,21 @@
 Shapes: T tokens, D width, E experts, F hidden.
 """
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from layers import context, make_moe, preset, randn
 from oracles import balance as oracle
+from tiny import tiny
 from torch import Tensor
 
+from moe_lab.assemble import assemble
 from moe_lab.balance.base import Balancer, Layer
+from moe_lab.balance.erc import reach
 from moe_lab.config import build
+from moe_lab.loop import draw
 from moe_lab.model.moe import MoE
 from moe_lab.routing import Routing
 
@@ -103,8 +108,6 @@ def test_erc_is_the_papers(E: int, experts: str, alpha: float):
 
 def test_erc_stays_within_half_the_way_to_the_nearest_row():
     """At the ends of delta a row has moved by at most half the distance to its nearest neighbour."""
-    from moe_lab.balance.erc import reach
-
     rows_ED = randn(6, D)
     torch.testing.assert_close(reach(rows_ED).flatten().tolist(), oracle.erc_reach(rows_ED))
     moved_ED = (rows_ED * reach(rows_ED)).norm(dim=-1)
@@ -159,3 +162,29 @@ def test_what_orthogonal_experts_are_worth():
         moe.experts.w_in_EID[torch.arange(3), :, torch.arange(3)] = 1.0
     assert loss("orthogonal_experts", moe).item() == 0
     assert loss("orthogonal_experts", moe_of(1)).item() == 0
+
+
+# Together with the loop
+
+
+def test_what_a_balancer_draws_is_by_position_and_the_same_in_all_micro_batches():
+    """Another draw at each update and layer, none in evaluation; cut into micro-batches it stays whole."""
+    parts = assemble(tiny("balance=[erc,switch]"))
+    first, again, later = (draw(parts, 128, 0, "noise", step, training=True) for step in (0, 0, 1))
+    deltas = [layer.balancers["erc"]["delta"] for layer in (*first, *later)]
+    assert all(d.shape == (4, 32) and 0 <= d.min() < 0.2 and 0.8 < d.max() < 1 for d in deltas)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(deltas, 2))
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.balancers["erc"]["delta"], b.balancers["erc"]["delta"])
+        assert a.chunk(2, 1, 128).balancers is a.balancers
+        assert a.balancers["switch"] == {}
+    assert [layer.balancers for layer in draw(parts, 128, 0, "eval noise", 0, training=False)] == [{}, {}]
+
+
+def test_erc_and_simbal_of_rows_of_zeros_are_finite():
+    """noisy_topk starts there: no answer, and no gradient that is not a number."""
+    moe = moe_of(4)
+    torch.nn.init.zeros_(rows_of(moe))
+    for found in (loss("erc", moe, {"delta": torch.rand(4, D)}), loss("simbal", moe)):
+        found.backward()
+        assert found.isfinite() and rows_of(moe).grad.isfinite().all()  # pyright: ignore[reportOptionalMemberAccess]

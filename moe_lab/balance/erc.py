@@ -35,8 +35,7 @@ class ERC(Balancer):
         assert layer.moe is not None
         rows_ED, w_EFD = router_rows(layer.moe), layer.moe.experts.read_in_EFD()
         delta_ED = 1 + reach(rows_ED.detach()) * (2 * layer.draws["delta"] - 1)
-        with torch.autocast(rows_ED.device.type, enabled=False):
-            answer_EE = torch.einsum("id,jfd->ijf", rows_ED * delta_ED, w_EFD).norm(dim=-1)
+        answer_EE = torch.einsum("id,jfd->ijf", rows_ED * delta_ED, w_EFD).norm(dim=-1)
         own_E1 = self.alpha * answer_EE.diagonal()[:, None]
         above_EE = (answer_EE - own_E1).relu() + (answer_EE.T - own_E1).relu()
         above_EE = above_EE.masked_fill(torch.eye(len(rows_ED), dtype=torch.bool, device=rows_ED.device), 0)
@@ -49,7 +48,7 @@ class ERC(Balancer):
 
 def reach(rows_ED: Tensor) -> Tensor:
     """How far each row may be stretched or shrunk and stay nearer to itself than to any other, [E, 1]."""
-    apart_EE = torch.cdist(rows_ED, rows_ED).fill_diagonal_(torch.inf)
+    apart_EE = torch.cdist(rows_ED, rows_ED, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
     nearest_E1 = apart_EE.amin(-1, keepdim=True)
     reach_E1 = nearest_E1 / (2 * rows_ED.norm(dim=-1, keepdim=True)).clamp_min(1e-20)
     return torch.where(nearest_E1.isinf(), 0.0, reach_E1)  # a single row has no other

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moe_lab.balance.base import Layer
 from moe_lab.balance.bias import MovesBias
-from moe_lab.config import option
-from moe_lab.routing import Routing
+from moe_lab.config import option, registered
+from moe_lab.routing import Router, Routing
 
 BINS = 1000
 
@@ -50,6 +50,8 @@ class Quantile(MovesBias):
         k, E = cfg["router"]["k"], cfg["experts"]["num"]
         if found := super().conflicts(node, cfg):
             return found
+        if registered("router")[cfg["router"]["name"]].merit is not Router.merit:
+            return [f"balance.quantile: router={cfg['router']['name']} ranks by other values than gates of [0, 1]"]
         return [f"balance.quantile: nothing to choose with router.k={k} of experts.num={E}"] if k >= E else []
 
 

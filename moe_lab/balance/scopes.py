@@ -62,7 +62,7 @@ class LoadLoss(Balancer):
         elif self.scope == "running" and layer.state:
             means = _with_past(means, layer.state["mean_NE"], self._share(layer.state["weight"]))
         losses_G = self.of_means(*means)
-        return losses_G[0] if groups == 1 else losses_G.mean()
+        return losses_G.squeeze(0) if groups == 1 else losses_G.mean()
 
     def start(self, moe: MoE) -> dict[str, Tensor]:
         if self.scope != "running":

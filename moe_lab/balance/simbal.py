@@ -31,7 +31,8 @@ class SimBal(Balancer):
             rows_ED = router_rows(moe)
             with torch.no_grad():
                 q_DE, r_EE = torch.linalg.qr(rows_ED.T)
-                rows_ED.copy_((q_DE * r_EE.diagonal().sign().add(0.5).sign()).T)
+                backwards_E = r_EE.diagonal() < 0  # qr may turn a direction round
+                rows_ED.copy_(torch.where(backwards_E, -q_DE, q_DE).T)
         return {}
 
     def loss(self, routing: Routing, layer: Layer = Layer()) -> Tensor:

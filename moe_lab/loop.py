@@ -70,11 +70,13 @@ def send(t: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Random numbers of one MoE layer for a batch: the router's logit noise [T, E], its other draws, the explorers'."""
+    """Random numbers of one MoE layer for a batch: the router's logit noise [T, E], its other draws, the explorers'
+    and the balancers'."""
 
     noise_TE: Tensor | None
     router: dict[str, Tensor]
     explorers: list[dict[str, Tensor]]
+    balancers: dict[str, dict[str, Tensor]]
 
     def chunk(self, parts: int, i: int, tokens: int) -> "Drawn":
         """The i-th of equal micro-batches; what is not drawn per token is the same in each."""
@@ -84,7 +86,8 @@ class Drawn:
 
         noise_TE = None if self.noise_TE is None else cut(self.noise_TE)
         router = {name: cut(t) for name, t in self.router.items()}
-        return Drawn(noise_TE, router, [{name: cut(t) for name, t in d.items()} for d in self.explorers])
+        explorers = [{name: cut(t) for name, t in d.items()} for d in self.explorers]
+        return Drawn(noise_TE, router, explorers, self.balancers)
 
 
 def contexts(
@@ -124,7 +127,8 @@ LOGIT_NOISE = {"gaussian": Draw("gaussian", "TE"), "gumbel": Draw("gumbel", "TE"
 
 
 def draw(parts: Parts, tokens: int, *key: int | str, training: bool) -> list[Drawn]:
-    """What each layer's router and explorers need for `tokens` tokens, by position; in evaluation only what asks so."""
+    """What each layer's router, explorers and balancers need for `tokens` tokens, by position; in evaluation only what
+    asks so."""
 
     def take(wanted: Draw, moe: MoE, *name: int | str) -> Tensor:
         sizes = {
@@ -132,6 +136,7 @@ def draw(parts: Parts, tokens: int, *key: int | str, training: bool) -> list[Dra
             "TD": (tokens, moe.router.dim),
             "T": (tokens,),
             "E": (moe.experts.num,),
+            "ED": (moe.experts.num, moe.router.dim),
         }
         return send(seeding.noise(wanted.kind, sizes[wanted.shape], *key, *name), parts.device)
 
@@ -147,7 +152,12 @@ def draw(parts: Parts, tokens: int, *key: int | str, training: bool) -> list[Dra
             for name, e in parts.explorers.items()
             if training
         ]
-        found.append(Drawn(noise_TE, own, others))
+        losses = {
+            name: {n: take(d, moe, layer, "balance", name, n) for n, d in b.draws.items()}
+            for name, b in parts.balancers.items()
+            if training
+        }
+        found.append(Drawn(noise_TE, own, others, losses))
     return found
 
 
@@ -210,7 +220,7 @@ class Loop:
             part_drawn = [d.chunk(n, i, tokens) for d in drawn]
             out, loss_T = forward(parts, part, contexts(parts, values, part, part_drawn, training=True))
             task = loss_T.sum() / counted
-            terms = [term / n for term in self._terms(out, part, loss_T.detach(), values)]
+            terms = [term / n for term in self._terms(out, part, loss_T.detach(), values, drawn)]
             total = task + sum(terms)
             total.backward()
             self.sums[: 2 + len(terms)] += torch.stack([task, total, *terms]).detach()
@@ -220,12 +230,12 @@ class Loop:
         self.upkeep.close(values, s.seq_len)
         self.tokens += tokens
 
-    def _terms(self, out: Output, batch: Examples, loss_T: Tensor, values: Values) -> list[Tensor]:
+    def _terms(self, out: Output, batch: Examples, loss_T: Tensor, values: Values, drawn: list[Drawn]) -> list[Tensor]:
         """What is added to the task loss, by the names of `terms`. A weight of 0 is skipped, not multiplied."""
         zero, found = torch.zeros((), device=self.parts.device), []
         for name, balancer in self.parts.balancers.items():
             weight = balancer.weight.at(values.progress) * values.balance if balancer.weight and out.routings else 0
-            layers = self.upkeep.layers(name, batch.inputs.shape[1])
+            layers = self.upkeep.layers(name, batch.inputs.shape[1], [d.balancers[name] for d in drawn])
             found.append(weight * mean_over_layers(balancer, out.routings, layers) if weight else zero)
         if self.own:
             counted_T = batch.counted.flatten()

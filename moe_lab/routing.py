@@ -49,12 +49,12 @@ class Draw:
     """Random numbers that the loop draws by position: (seed, step, layer, name).
 
     gaussian is N(0, 1), gumbel -log(Exp(1)), uniform in [0, 1). shape: per token and expert, per token and input
-    channel, per token, or per expert: then once per update, the same in all its micro-batches. Drawn in training
-    alone, unless `evaluate` (by a fixed key).
+    channel, per token; or per expert, or expert and input channel: then once per update, the same in all its
+    micro-batches. Drawn in training alone, unless `evaluate` (by a fixed key).
     """
 
     kind: Literal["gaussian", "gumbel", "uniform"]
-    shape: Literal["TE", "TD", "T", "E"]
+    shape: Literal["TE", "TD", "T", "E", "ED"]
     evaluate: bool = False
 
 

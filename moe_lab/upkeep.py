@@ -3,7 +3,7 @@
 Each names additive statistics of a micro-batch; they are summed over the update, and ratios are taken from the sums.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -30,10 +30,10 @@ class Upkeep:
         self.of_routers: list[Stats] = [{} for _ in self.moes]
         self.of_balancers: dict[str, list[Stats]] = {name: [{} for _ in self.moes] for name in self.balancers}
 
-    def layers(self, name: str, seq_len: int) -> list[Layer]:
-        """What the balancer `name` knows of each layer at this point of the update."""
-        known = zip(self.moes, self.of_balancers[name], self.states[name], strict=True)
-        return [Layer(moe, seq_len, earlier, state) for moe, earlier, state in known]
+    def layers(self, name: str, seq_len: int, draws: Sequence[Mapping[str, Tensor]] | None = None) -> list[Layer]:
+        """What the balancer `name` knows of each layer at this point of the update, `draws` of each for its loss."""
+        known = zip(self.moes, self.of_balancers[name], self.states[name], draws or [{}] * len(self.moes), strict=True)
+        return [Layer(moe, seq_len, earlier, state, drawn) for moe, earlier, state, drawn in known]
 
     @torch.no_grad()
     def add(self, out: Output, loss_T: Tensor, counted_T: Tensor, seq_len: int) -> None:

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 
 from moe_lab import seeding
 from moe_lab.balance.base import Balancer, Layer, mean_over_layers
-from moe_lab.balance.load import smooth_load
+from moe_lab.balance.load import chances
 from moe_lab.config import build
 from moe_lab.routing import Assignments, Routing
 
@@ -120,13 +120,13 @@ def test_load_by_hand():
     = 0.57926, 0.30854, 0.18406. CV^2 = 3 * 0.46462 / 1.07186^2 - 1 = 0.21322."""
     r = noisy([[1, 0, -1]], [[0.5, 0.8, -1]], [[1, 1, 2]])
     expected = torch.tensor([0.57926, 0.30854, 0.18406], dtype=torch.float64)
-    torch.testing.assert_close(smooth_load(r), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(chances(r).sum(0), expected, rtol=0, atol=1e-5)
     assert loss("load", r) == pytest.approx(0.21322, abs=2e-5)
     # Equal clean logits and every order of the same draws: all loads are Phi(0) + 2 Phi(-1) = 0.81731.
     turns: list[list[float]] = [[1, 0, -1], [-1, 1, 0], [0, -1, 1]]
     even = noisy([[0, 0, 0]] * 3, turns, [[1, 1, 1]] * 3)
     expected = torch.full((3,), 0.81731, dtype=torch.float64)
-    torch.testing.assert_close(smooth_load(even), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(chances(even).sum(0), expected, rtol=0, atol=1e-5)
     assert loss("load", even) == pytest.approx(0, abs=1e-15)
     # A margin of 50 standard deviations is certainty: E/k - 1.
     assert loss("load", noisy([[50, 0, 0]] * 3, [[50, 0, 1]] * 3, [[1, 1, 1]] * 3)) == pytest.approx(2)
@@ -145,7 +145,7 @@ def test_load_is_shazeers_probability(k: int):
             others = sorted((h for j, h in enumerate(r.noisy_TE[t].tolist()) if j != i), reverse=True)
             z = (float(r.logits_TE[t, i]) - others[k - 1]) / float(r.noise_std_TE[t, i])
             load_E[i] += 0.5 * math.erfc(-z / math.sqrt(2))
-    torch.testing.assert_close(smooth_load(r), torch.tensor(load_E, dtype=torch.float64))
+    torch.testing.assert_close(chances(r).sum(0), torch.tensor(load_E, dtype=torch.float64))
 
 
 def test_load_sums_to_k_tokens_at_the_start():
@@ -153,7 +153,7 @@ def test_load_sums_to_k_tokens_at_the_start():
     T, E, k = 4000, 8, 2
     router = build("router", preset("router", "noisy_topk"), 16, E)
     seeding.initialise(router, 0)
-    load_E = smooth_load(router(randn(T, 16).float(), context(draw(router, T))))
+    load_E = chances(router(randn(T, 16).float(), context(draw(router, T)))).sum(0)
     assert load_E.sum().item() == pytest.approx(k * T, rel=0.02)
     assert (load_E / (k * T / E) - 1).abs().max() < 0.05
 
@@ -164,7 +164,7 @@ def test_load_of_silenced_noise_is_the_count_without_a_gradient():
     std_TE = torch.zeros(2, 3, dtype=torch.float64)
     plan = Assignments(logits_TE.topk(1).indices, logits_TE.topk(1).values, 3)
     r = Routing(plan, logits_TE, logits_TE.softmax(-1), logits_TE, std_TE)
-    load_E = smooth_load(r)
+    load_E = chances(r).sum(0)
     assert load_E.tolist() == plan.selected_E.tolist() == [1, 1, 0]
     (load_E * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     assert logits_TE.grad is not None and not logits_TE.grad.any()

@@ -27,6 +27,7 @@ from moe_lab.loop import Loop, Parts, contexts, draw, examples, forward
 from moe_lab.model.transformer import Output
 from moe_lab.run import Stop
 from moe_lab.train import train
+from moe_lab.upkeep import Upkeep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +43,12 @@ ROUTERS += [
 ]
 ROUTERS += [("router=softmax_ste", "router.backward=dense"), ("experts=mlp", "experts.capacity_factor=1.0")]
 BALANCERS = sorted(path.stem for path in Path(CONF, "balance").glob("*.yaml"))
-NEEDS = {"load": "router=noisy_topk", "loss_free": "router=sigmoid_topk", "l1_adaptive": "router=relu"}
+NEEDS = {
+    "load": "router=noisy_topk",
+    "loss_free": "router=sigmoid_topk",
+    "quantile": "router=sigmoid_topk",
+    "l1_adaptive": "router=relu",
+}
 routers = pytest.mark.parametrize("router", ROUTERS, ids=" ".join)
 
 
@@ -123,7 +129,10 @@ def test_balancers_agree(name: str) -> None:
     for parts, out, _ in on_both(f"balance=[{name}]", NEEDS.get(name, "router=topk")):
         (balancer,) = parts.balancers.values()
         if balancer.weight is not None:
-            loss = mean_over_layers(balancer, out.routings)
+            drawn = draw(parts, 4 * 32, 0, "noise", 0, training=True)
+            upkeep = Upkeep(parts.model.moes, parts.balancers)
+            layers = upkeep.layers(name, 32, [d.balancers[name] for d in drawn])
+            loss = mean_over_layers(balancer, out.routings, layers)
             found.append({"loss": loss.detach().cpu()} | gradients(parts, loss))
             continue
         for moe, routing in zip(parts.model.moes, out.routings, strict=True):
@@ -177,7 +186,9 @@ def test_waiting_is_an_error() -> None:
 
 
 @routers
-@pytest.mark.parametrize("balance", ["switch,importance,z_loss,entropy"])
+@pytest.mark.parametrize(
+    "balance", ["switch,importance,z_loss,entropy,gshard,squared_load,kl_uniform,variance,seq_aux"]
+)
 def test_a_step_never_waits(router: tuple[str, ...], balance: str) -> None:
     """In bf16, where products of all experts are one call (SM90 and newer); after one step that warms up."""
     if torch.cuda.get_device_capability() < (9, 0):
@@ -189,9 +200,9 @@ def test_a_step_never_waits(router: tuple[str, ...], balance: str) -> None:
         trained.step(2)
 
 
-@pytest.mark.parametrize("balance", ["load", "loss_free"])
+@pytest.mark.parametrize("balance", ["load", "loss_free", "quantile", "simbal", "erc", "orthogonal_experts"])
 def test_the_other_balancers_never_wait(balance: str) -> None:
-    test_a_step_never_waits((NEEDS[balance], "objective=mlm", "optim.accumulate=2"), balance)
+    test_a_step_never_waits((NEEDS.get(balance, "router=topk"), "objective=mlm", "optim.accumulate=2"), balance)
 
 
 def test_a_run_in_bfloat16(tmp_path: Path) -> None:

@@ -23,13 +23,22 @@ from moe_lab.routing import Routing
 
 ROUTERS = sorted(path.stem for path in Path(CONF, "router").glob("*.yaml"))
 BALANCERS = sorted(path.stem for path in Path(CONF, "balance").glob("*.yaml"))
-NEEDS = {"load": "router=noisy_topk", "loss_free": "router=sigmoid_topk", "l1_adaptive": "router=relu"}
+NEEDS = {
+    "load": "router=noisy_topk",
+    "loss_free": "router=sigmoid_topk",
+    "quantile": "router=sigmoid_topk",
+    "l1_adaptive": "router=relu",
+}
 OTHERS = [
     ("router=topk", "router.k=3", "explore=[gaussian]"),
     ("router=switch", "explore=[gumbel]", "schedule=anneal"),
     ("router=softmax_ste", "router.backward=dense"),
     ("experts=mlp", "experts.capacity_factor=1.25", "experts.shared_experts=1"),
     ("objective=mlm", "optim.accumulate=2"),
+    ("balance=[switch]", "balance.switch.scope=sequence"),
+    ("balance=[switch]", "balance.switch.scope=global_batch", "optim.accumulate=2"),
+    ("balance=[entropy]", "balance.entropy.of=mutual_information", "balance.entropy.scope=running"),
+    ("router=sigmoid_topk", "balance=[loss_free]", "balance.loss_free.recentre=true", "balance.loss_free.freeze=0.5"),
     ("model.moe=false",),
     ("model.moe_every=2", "optim.clip=null"),
 ]

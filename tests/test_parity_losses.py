@@ -92,12 +92,13 @@ def test_st_moe_gate_and_losses(k: int):
         "balance": (balancer("switch").loss(top1), balance),
         "z": (balancer("z_loss").loss(routing), z),
     }
-    close(pairs, FP64)
+    tolerance = {"weights": FP64, "balance": FP32, "z": FP64}  # it counts in fp32
     for name, (mine, theirs) in pairs.items():
+        close({name: (mine, theirs)}, tolerance[name])
         c = c_TE if mine.ndim else torch.tensor(1.0)
         (a,) = torch.autograd.grad((mine * c).sum(), ours.weight_ED, retain_graph=True)
         (b,) = torch.autograd.grad((theirs * c).sum(), gate.to_gates.weight, retain_graph=True)
-        close({f"gradient of {name}": (a, b)}, FP64)
+        close({f"gradient of {name}": (a, b)}, tolerance[name])
 
 
 # torch's gumbel_softmax draws -log(Exp(1)) from the global stream; the same draws are handed to our routers.

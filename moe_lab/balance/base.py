@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_lab.model.moe import MoE
-from moe_lab.routing import Routing
+from moe_lab.plans import shares
+from moe_lab.routing import Draw, Routing
 from moe_lab.schedules import Curve
 
 
@@ -21,12 +22,14 @@ class Layer:
 
     seq_len: tokens are sequences of so many. earlier: its own statistics, summed over the micro-batches of this update
     that came before. state: its own state of this layer, which checkpoints hold; only `after_step` changes it.
+    draws: what the balancer's `draws` ask for, by name.
     """
 
     moe: MoE | None = None
     seq_len: int | None = None
     earlier: Mapping[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
+    draws: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Balancer:
@@ -38,6 +41,7 @@ class Balancer:
 
     weight: Curve | None = None
     moves_bias = False
+    draws: Mapping[str, Draw] = {}  # what the loop draws for it, per layer
 
     def loss(self, routing: Routing, layer: Layer = Layer()) -> Tensor:
         """0-dim fp32, with gradients to the router (or to the experts)."""
@@ -66,12 +70,14 @@ class Balancer:
         return []
 
 
-def cv_squared(x_E: Tensor) -> Tensor:
-    """Squared coefficient of variation with the population variance: 0 at balance, E - 1 when one holds all.
+def cv_squared(x_GE: Tensor) -> Tensor:
+    """Squared coefficient of variation over experts with the population variance: 0 at balance and where all are 0,
+    E - 1 when one holds all.
 
-    Straight from the variance: a gradient through std would be undefined at perfect balance.
+    From the variance of shares: a gradient through std would be undefined at perfect balance, and the square of a
+    small mean is 0 in fp32.
     """
-    return x_E.var(unbiased=False) / x_E.mean().square()
+    return x_GE.shape[-1] ** 2 * shares(x_GE).var(-1, unbiased=False)
 
 
 def mean_over_layers(balancer: Balancer, routings: Sequence[Routing], layers: Sequence[Layer] | None = None) -> Tensor:

@@ -6,23 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lab.balance.base import Balancer, Layer, cv_squared
+from moe_lab.balance.base import cv_squared
+from moe_lab.balance.scopes import LoadLoss, over_groups
 from moe_lab.config import option, registered
 from moe_lab.routing import Routing
 from moe_lab.schedules import Schedule, constant
 
 
 @option("balance", "load")
-class Load(Balancer):
+class Load(LoadLoss):
     """CV(load)^2 with load_i = sum_x P(x, i), the probability that fresh noise on expert i would still have it
     chosen (arXiv 1701.06538, appendix A). 0 at balance, E/k - 1 at collapse onto k experts.
     """
 
-    def __init__(self, *, weight: Schedule = constant(0.1)):
-        self.weight = weight
+    def __init__(self, *, weight: Schedule = constant(0.1), **common: Any):
+        super().__init__(weight=weight, **common)
 
-    def loss(self, routing: Routing, layer: Layer = Layer()) -> Tensor:
-        return cv_squared(smooth_load(routing))
+    def sums(self, routing: Routing, groups: int) -> tuple[Tensor, ...]:
+        return (over_groups(chances(routing), groups),)
+
+    def of_means(self, *means_GE: Tensor) -> Tensor:
+        return cv_squared(means_GE[0])
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
@@ -33,8 +37,9 @@ class Load(Balancer):
                 f"balance.load: needs Gaussian noise on the logits, router={router['name']} has {noise}; "
                 "try router=noisy_topk or explore=[gaussian]"
             ]
-        if "loss_free" in cfg["balance"]:
-            return ["balance.load: knows nothing of the bias that balance.loss_free moves; take one of them"]
+        for name in cfg["balance"]:
+            if registered("balance")[name].moves_bias:
+                return [f"balance.load: knows nothing of the bias that balance.{name} moves; take one of them"]
         if router["k"] >= cfg["experts"]["num"]:
             return [
                 f"balance.load: nothing to choose with router.k={router['k']} of experts.num={cfg['experts']['num']}"
@@ -42,8 +47,8 @@ class Load(Balancer):
         return []
 
 
-def smooth_load(routing: Routing) -> Tensor:
-    """sum_x Phi((clean_i - k-th largest noisy logit among the others) / std_i), fp32 [E]; sums to about k * T."""
+def chances(routing: Routing) -> Tensor:
+    """Phi((clean_i - k-th largest noisy logit among the others) / std_i), fp32 [T, E]; sums to about k per token."""
     assert routing.noisy_TE is not None and routing.noise_std_TE is not None
     k = routing.plan.selected_TK.shape[1]
     top = routing.noisy_TE.topk(k + 1, -1).values
@@ -51,4 +56,4 @@ def smooth_load(routing: Routing) -> Tensor:
     threshold_TE = torch.where(inside_TE, top[:, k : k + 1], top[:, k - 1 : k])
     p_TE = torch.special.ndtr((routing.logits_TE - threshold_TE) / routing.noise_std_TE.clamp_min(1e-6))
     # Where a schedule has silenced the noise the load is the count itself: a step, which has no gradient.
-    return torch.where(routing.noise_std_TE > 1e-6, p_TE, inside_TE.to(p_TE.dtype)).sum(0)
+    return torch.where(routing.noise_std_TE > 1e-6, p_TE, inside_TE.to(p_TE.dtype))

@@ -40,8 +40,9 @@ def top(rank_E: Sequence[float], k: int, allowed: Sequence[bool] | None = None) 
     return found
 
 
-def softmax(z_E: Tensor) -> Tensor:
-    exps = [torch.exp(z - z_E.detach().max()) for z in z_E]
+def softmax(z_E: Tensor, allowed: Sequence[bool] | None = None) -> Tensor:
+    """Over the allowed experts alone; the others get 0."""
+    exps = [torch.exp(z) if allowed is None or allowed[e] else z * 0 for e, z in enumerate(z_E)]
     return torch.stack([e / sum(exps) for e in exps])
 
 
@@ -69,8 +70,9 @@ def weights(
     rows = []
     for t, x_D in enumerate(x_TD):
         z_E = noise(t, scores(heard(t, x_D), w_ED))
-        p_E = softmax(z_E)
-        chosen = top(rank(t, z_E.tolist()), k, allowed(t))
+        may = allowed(t)
+        p_E = softmax(z_E, may)
+        chosen = top(rank(t, z_E.tolist()), k, may)
         total = sum(p_E[e] for e in chosen) if renormalise else 1.0
         used = chosen[:1] if k == 2 and not second(t, float(p_E[chosen[0]]), float(p_E[chosen[1]])) else chosen
         zero = p_E[0] * 0

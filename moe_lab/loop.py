@@ -4,7 +4,7 @@ Shapes: B sequences per update, S sequence, T tokens per micro-batch, E experts,
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,15 +76,15 @@ class Drawn:
     router: dict[str, Tensor]
     explorers: list[dict[str, Tensor]]
 
-    def chunk(self, parts: int, i: int, tokens: int) -> "Drawn":
-        """The i-th of equal micro-batches; what is not drawn per token is the same in each."""
+    def chunk(self, parts: int, i: int, router: Router, explorers: Iterable[Explorer]) -> "Drawn":
+        """The i-th of equal micro-batches; what is drawn per expert is the same in each."""
 
-        def cut(t: Tensor) -> Tensor:
-            return t.chunk(parts)[i] if t.shape[0] == tokens else t
+        def cut(drawn: dict[str, Tensor], wanted: Mapping[str, Draw]) -> dict[str, Tensor]:
+            return {n: t if wanted[n].shape == "E" else t.chunk(parts)[i] for n, t in drawn.items()}
 
-        noise_TE = None if self.noise_TE is None else cut(self.noise_TE)
-        router = {name: cut(t) for name, t in self.router.items()}
-        return Drawn(noise_TE, router, [{name: cut(t) for name, t in d.items()} for d in self.explorers])
+        noise_TE = None if self.noise_TE is None else self.noise_TE.chunk(parts)[i]
+        tried = [cut(drawn, e.draws) for drawn, e in zip(self.explorers, explorers, strict=True)]
+        return Drawn(noise_TE, cut(self.router, router.draws), tried)
 
 
 def contexts(
@@ -205,7 +205,8 @@ class Loop:
         drawn = draw(parts, tokens, s.seed, "noise", step, training=True)
         counted = batch.counted.sum()
         for i, part in enumerate(batch.split(n)):
-            part_drawn = [d.chunk(n, i, tokens) for d in drawn]
+            layers = zip(drawn, parts.model.moes, strict=True)
+            part_drawn = [d.chunk(n, i, moe.router, parts.explorers.values()) for d, moe in layers]
             out, loss_T = forward(parts, part, contexts(parts, values, part, part_drawn, training=True))
             task = loss_T.sum() / counted
             terms = [term / n for term in self._terms(out, part, loss_T.detach(), values)]

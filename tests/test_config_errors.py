@@ -76,7 +76,7 @@ MISTAKES = {
     "study=../../x": ["study=../../x: must match"],
     "checkpoint.every=0": ["checkpoint.every=0: must be at least 1"],
     "checkpoint.kep=1": ["checkpoint.kep: no such key or group; did you mean checkpoint.keep?"],
-    "schedule.temperature=0": ["schedule.temperature=0: a temperature must stay above 0"],
+    "schedule.temperature=0": ["schedule.temperature=0: must stay above 0"],
     "schedule.noise.curve=spline": ["must be constant | linear | cosine | exponential | step"],
     "dataset=text dataset.paths=my.txt": ["dataset.paths=my.txt: must be a list"],
     "wandb.tags=one": ["wandb.tags=one: must be a list, e.g. [a,b]"],

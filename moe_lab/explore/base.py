@@ -22,6 +22,7 @@ class Explorer:
     """
 
     draws: Mapping[str, Draw] = {}
+    overrules = False  # whether it changes the choice beside the logits: balance=[load] would not know
 
     def __init__(self, *, strength: Schedule):
         self.strength = strength
@@ -52,9 +53,11 @@ class Explorer:
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
-        router = cfg["router"]["name"]
+        name, router = node["name"], cfg["router"]["name"]
         if not registered("router")[router].scored:
-            return [f"explore.{node['name']}: router={router} does not choose by scores; take explore=[]"]
+            return [f"explore.{name}: router={router} does not choose by scores; take explore=[]"]
+        if cls.overrules and any(balancer["name"] == "load" for balancer in cfg["balance"].values()):
+            return [f"explore.{name}: balance.load knows nothing of what it changes; take one of them"]
         return []
 
 
@@ -63,10 +66,16 @@ class LogitNoise(Explorer):
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
-        router = cfg["router"]["name"]
+        name, router = node["name"], cfg["router"]["name"]
         own = registered("router")[router].noise
         if own != "none":
-            return [f"explore.{node['name']}: router={router} has {own} noise of its own, scaled by schedule.noise"]
-        if node["name"] != "gaussian" and "gaussian" in cfg["explore"]:
-            return [f"explore.{node['name']}: explore.gaussian puts noise on the logits already; take one of them"]
+            return [f"explore.{name}: router={router} has {own} noise of its own; schedule.noise scales that"]
+        noises = [n for n in cfg["explore"].values() if issubclass(registered("explore")[n["name"]], LogitNoise)]
+        if noises[0] != node:
+            return [f"explore.{name}: explore.{noises[0]['name']} puts noise on the logits already; take one of them"]
         return super().conflicts(node, cfg)
+
+
+def runs_every_expert(router: Mapping[str, Any]) -> bool:
+    """Whether the router of this config has all experts on all tokens."""
+    return registered("router")[router["name"]].every_expert or router.get("backward") == "dense"

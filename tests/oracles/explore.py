@@ -74,7 +74,8 @@ def weights(
         p_E = softmax(z_E, may)
         chosen = top(rank(t, z_E.tolist()), k, may)
         total = sum(p_E[e] for e in chosen) if renormalise else 1.0
-        used = chosen[:1] if k == 2 and not second(t, float(p_E[chosen[0]]), float(p_E[chosen[1]])) else chosen
+        g_K = p_E.detach()[chosen].tolist()
+        used = chosen[:1] if k == 2 and not second(t, *g_K) else chosen
         zero = p_E[0] * 0
         rows.append(torch.stack([p_E[e] / total if e in used else zero for e in range(len(w_ED))]))
     return torch.stack(rows)

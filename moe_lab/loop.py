@@ -93,7 +93,7 @@ def contexts(
     """One Context per MoE layer; without explorers and noise for evaluation."""
     found = contexts_of(parts.model, values, parts.balancers, batch.inputs, hard)
     explorers = parts.explorers.values() if training else ()
-    strengths = [(e, _scalar(parts, e.strength.at(values.progress) * values.noise)) for e in explorers]
+    strengths = [(e, _scalar(parts, strength(e, values))) for e in explorers]
     layers = []
     for ctx, d in zip(found, drawn, strict=True):
         exploring = tuple(Exploring(e, by, mine) for (e, by), mine in zip(strengths, d.explorers, strict=True))
@@ -111,8 +111,8 @@ def contexts_of(
     ids_T, S = ids_BS.reshape(-1).to(model.embed.device), ids_BS.shape[1]
     found = []
     for moe in model.moes:
-        factor = moe.experts.capacity_factor
-        capacity = None if factor is None else torch.full((), factor, device=model.embed.device)
+        curve = moe.experts.capacity_factor
+        capacity = None if curve is None else torch.full((), curve.at(values.progress), device=model.embed.device)
         knobs = Knobs(temperature, noise, capacity)
         found.append(Context(knobs, bias_E=moe.bias_E if biased else None, hard=hard, seq_len=S, ids_T=ids_T))
     return found
@@ -147,6 +147,10 @@ def draw(parts: Parts, tokens: int, *key: int | str, training: bool) -> list[Dra
         ]
         found.append(Drawn(noise_TE, own, others))
     return found
+
+
+def strength(explorer: Explorer, values: Values) -> float:
+    return explorer.strength.at(values.progress) * values.noise
 
 
 def _scalar(parts: Parts, value: float) -> Tensor:
@@ -258,8 +262,17 @@ class Loop:
         row |= {"loss_total": total, "grad_norm": norm, "lr": self.lr}
         unweighted = {name for name, b in parts.balancers.items() if b.weight is None}
         row |= {f"term/{n}": term for n, term in zip(self.terms, terms, strict=True) if n not in unweighted}
-        row |= {f"knob/{name}": value for name, value in vars(values).items() if name != "progress"}
+        row |= {f"knob/{name}": value for name, value in knobs(parts, values).items()}
         return row | self.recorder.row()
+
+
+def knobs(parts: Parts, values: Values) -> dict[str, float]:
+    """What moves by schedule: its own curves, each explorer's strength, and the capacity factor where there is one."""
+    found = {name: value for name, value in vars(values).items() if name != "progress"}
+    found |= {name: strength(explorer, values) for name, explorer in parts.explorers.items()}
+    if parts.model.moes and (curve := parts.model.moes[0].experts.capacity_factor) is not None:
+        found["capacity_factor"] = curve.at(values.progress)
+    return found
 
 
 def perplexity(nats: float) -> float:

@@ -73,7 +73,7 @@ def test_the_shown_router_runs(here: Path) -> None:
 
 def test_every_option_is_in_the_table() -> None:
     rows = dict(re.findall(r"^\| `(\w+)`[^|]*\| (.*) \|$", README, re.MULTILINE))
-    for group in ("router", "experts", "balance", "schedule", "dataset", "model", "objective", "optim"):
+    for group in ("router", "experts", "balance", "explore", "schedule", "dataset", "model", "objective", "optim"):
         for preset in Path(CONF, group).glob("*.yaml"):
             assert f"`{preset.stem}`" in rows[group], (group, preset.stem)
 

@@ -153,10 +153,13 @@ def test_a_config_that_would_take_the_process_down(name: str, here: Path) -> Non
 
 def test_a_config_may_have_aliases_and_its_neighbour_mistakes(here: Path) -> None:
     (here / "own/router").mkdir(parents=True)
-    (here / "own/router/mine.yaml").write_text("name: topk\nk: &k 2\nrenormalise: true\n")
+    (here / "own/router/mine.yaml").write_text("name: topk\nk: 2\nrenormalise: true\n")
+    curve = "{curve: constant, start: &s 2, end: *s}"
+    (here / "own/explore").mkdir()
+    (here / "own/explore/mine.yaml").write_text(f"# @package explore.mine\nname: gaussian\nstrength: {curve}\n")
     (here / "own/router/broken.yaml").write_text("name: [")
     (here / "own/router/gone.yaml").symlink_to("nowhere")
-    assert "noise_std: 2" in moe_lab("train", "--config-dir", "own", "router=mine", "--cfg", "job").out
+    assert "end: 2" in moe_lab("train", "--config-dir", "own", "router=mine", "explore=[mine]", "--cfg", "job").out
 
 
 def test_a_config_folder_may_be_a_whole_project(here: Path) -> None:

@@ -70,10 +70,15 @@ class LogitNoise(Explorer):
         own = registered("router")[router].noise
         if own != "none":
             return [f"explore.{name}: router={router} has {own} noise of its own; schedule.noise scales that"]
-        noises = [n for n in cfg["explore"].values() if issubclass(registered("explore")[n["name"]], LogitNoise)]
-        if noises[0] != node:
-            return [f"explore.{name}: explore.{noises[0]['name']} puts noise on the logits already; take one of them"]
+        if (first := first_of(LogitNoise, cfg)) is not node:
+            return [f"explore.{name}: explore.{first['name']} puts noise on the logits already; take one of them"]
         return super().conflicts(node, cfg)
+
+
+def first_of(kind: type[Explorer], cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first explorer of its kind in a config that has one: of some kinds there can be one alone."""
+    known = registered("explore")
+    return next(node for node in cfg["explore"].values() if issubclass(known[node["name"]], kind))
 
 
 def runs_every_expert(router: Mapping[str, Any]) -> bool:

@@ -1,10 +1,13 @@
 """Experts that cannot be chosen for a while; at least k of them always can."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.explore.base import Explorer
+from moe_lab.explore.base import Explorer, first_of
 from moe_lab.routing import Draw
 from moe_lab.schedules import Probability, constant
 
@@ -20,6 +23,12 @@ class LeftOut(Explorer):
     def allowed(self, logits_TE: Tensor, drawn, strength: Tensor, k: int) -> Tensor:
         u = drawn["experts"]
         return u >= torch.minimum(strength, u.topk(k, -1).values[..., -1:])
+
+    @classmethod
+    def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+        if (first := first_of(LeftOut, cfg)) is not node:  # of those that both leave in there may be none
+            return [f"explore.{node['name']}: explore.{first['name']} leaves experts out already; take one of them"]
+        return super().conflicts(node, cfg)
 
 
 @option("explore", "expert_dropout")

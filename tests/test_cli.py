@@ -72,7 +72,12 @@ def test_train_help_and_list_tell_every_preset_with_its_comment() -> None:
         about = next(line for line in path.read_text().splitlines() if line.startswith("#") and "@package" not in line)
         assert re.search(rf"^ +\*? +{path.stem} +{re.escape(about[1:].strip())}$", told, re.MULTILINE), path
         assert path.stem in listed
-    for key in yaml.safe_load((ROOT / "conf/train.yaml").read_text()).keys() - {"defaults", "hydra", "balance", "explore"}:
+    for key in yaml.safe_load((ROOT / "conf/train.yaml").read_text()).keys() - {
+        "defaults",
+        "hydra",
+        "balance",
+        "explore",
+    }:
         assert re.search(rf"^  {key}[.=]", told, re.MULTILINE), key
 
 

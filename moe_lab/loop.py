@@ -4,7 +4,7 @@ Shapes: B sequences per update, S sequence, T tokens per micro-batch, E experts,
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,16 +78,15 @@ class Drawn:
     explorers: list[dict[str, Tensor]]
     balancers: dict[str, dict[str, Tensor]]
 
-    def chunk(self, parts: int, i: int, tokens: int) -> "Drawn":
-        """The i-th of equal micro-batches; what is not drawn per token is the same in each."""
+    def chunk(self, parts: int, i: int, router: Router, explorers: Iterable[Explorer]) -> "Drawn":
+        """The i-th of equal micro-batches; what is drawn per expert is the same in each."""
 
-        def cut(t: Tensor) -> Tensor:
-            return t.chunk(parts)[i] if t.shape[0] == tokens else t
+        def cut(drawn: dict[str, Tensor], wanted: Mapping[str, Draw]) -> dict[str, Tensor]:
+            return {n: t if wanted[n].shape == "E" else t.chunk(parts)[i] for n, t in drawn.items()}
 
-        noise_TE = None if self.noise_TE is None else cut(self.noise_TE)
-        router = {name: cut(t) for name, t in self.router.items()}
-        explorers = [{name: cut(t) for name, t in d.items()} for d in self.explorers]
-        return Drawn(noise_TE, router, explorers, self.balancers)
+        noise_TE = None if self.noise_TE is None else self.noise_TE.chunk(parts)[i]
+        tried = [cut(drawn, e.draws) for drawn, e in zip(self.explorers, explorers, strict=True)]
+        return Drawn(noise_TE, cut(self.router, router.draws), tried, self.balancers)
 
 
 def contexts(
@@ -96,7 +95,7 @@ def contexts(
     """One Context per MoE layer; without explorers and noise for evaluation."""
     found = contexts_of(parts.model, values, parts.balancers, batch.inputs, hard)
     explorers = parts.explorers.values() if training else ()
-    strengths = [(e, _scalar(parts, e.strength.at(values.progress) * values.noise)) for e in explorers]
+    strengths = [(e, _scalar(parts, strength(e, values))) for e in explorers]
     layers = []
     for ctx, d, moe in zip(found, drawn, parts.model.moes, strict=True):
         exploring = tuple(Exploring(e, by, mine) for (e, by), mine in zip(strengths, d.explorers, strict=True))
@@ -116,8 +115,8 @@ def contexts_of(
     ids_T, S = ids_BS.reshape(-1).to(model.embed.device), ids_BS.shape[1]
     found = []
     for moe in model.moes:
-        factor = moe.experts.capacity_factor
-        capacity = None if factor is None else torch.full((), factor, device=model.embed.device)
+        curve = moe.experts.capacity_factor
+        capacity = None if curve is None else torch.full((), curve.at(values.progress), device=model.embed.device)
         knobs = Knobs(temperature, noise, capacity)
         found.append(Context(knobs, bias_E=moe.bias_E if biased else None, hard=hard, seq_len=S, ids_T=ids_T))
     return found
@@ -159,6 +158,10 @@ def draw(parts: Parts, tokens: int, *key: int | str, training: bool) -> list[Dra
         }
         found.append(Drawn(noise_TE, own, others, losses))
     return found
+
+
+def strength(explorer: Explorer, values: Values) -> float:
+    return explorer.strength.at(values.progress) * values.noise
 
 
 def _scalar(parts: Parts, value: float) -> Tensor:
@@ -217,7 +220,8 @@ class Loop:
         drawn = draw(parts, tokens, s.seed, "noise", step, training=True)
         counted = batch.counted.sum()
         for i, part in enumerate(batch.split(n)):
-            part_drawn = [d.chunk(n, i, tokens) for d in drawn]
+            layers = zip(drawn, parts.model.moes, strict=True)
+            part_drawn = [d.chunk(n, i, moe.router, parts.explorers.values()) for d, moe in layers]
             out, loss_T = forward(parts, part, contexts(parts, values, part, part_drawn, training=True))
             task = loss_T.sum() / counted
             terms = [term / n for term in self._terms(out, part, loss_T.detach(), values, drawn)]
@@ -269,8 +273,17 @@ class Loop:
         row |= {"loss_total": total, "grad_norm": norm, "lr": self.lr}
         unweighted = {name for name, b in parts.balancers.items() if b.weight is None}
         row |= {f"term/{n}": term for n, term in zip(self.terms, terms, strict=True) if n not in unweighted}
-        row |= {f"knob/{name}": value for name, value in vars(values).items() if name != "progress"}
+        row |= {f"knob/{name}": value for name, value in knobs(parts, values).items()}
         return row | self.recorder.row()
+
+
+def knobs(parts: Parts, values: Values) -> dict[str, float]:
+    """What moves by schedule: its own curves, each explorer's strength, and the capacity factor where there is one."""
+    found = {name: value for name, value in vars(values).items() if name != "progress"}
+    found |= {name: strength(explorer, values) for name, explorer in parts.explorers.items()}
+    if parts.model.moes and (curve := parts.model.moes[0].experts.capacity_factor) is not None:
+        found["capacity_factor"] = curve.at(values.progress)
+    return found
 
 
 def perplexity(nats: float) -> float:

@@ -8,7 +8,7 @@ computed).
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 R = TypeVar("R")
+Drop = Literal["position", "probability"]  # who keeps a place in a full expert: the first, or the heaviest
 
 
 class cached(Generic[R]):
@@ -184,8 +185,14 @@ class Assignments:
         """Combine weight given to each expert, summed over tokens, before capacity, fp32 [E], gradients intact."""
         return self.mass(1)[0]
 
-    def limit(self, capacity_factor: Tensor | float, k: int | None = None) -> "Assignments":
-        """Keep at most ceil(capacity_factor * T * k / E) rows per expert, first come first served in token order.
+    def limit(
+        self,
+        capacity_factor: Tensor | float,
+        k: int | None = None,
+        by: Drop = "position",
+    ) -> "Assignments":
+        """Keep at most ceil(capacity_factor * T * k / E) rows per expert: the first in token order, which looks at no
+        later token, or those of the largest combine weight, and of equal ones the first.
 
         k: choices per token that an even share is counted by (K unless told). Less than a millionth of a row is none:
         every token is dropped and keeps its residual.
@@ -200,9 +207,17 @@ class Assignments:
         share = factor.double() * (T * (k or K) / self.num_experts)
         capacity = (share - 1e-6 * share.clamp_min(1)).ceil()
         _, inverse_N, counts_E = self._order
+        if by == "probability":
+            inverse_N = self._place_by_weight()
         first_E = counts_E.cumsum(0) - counts_E
         rank_N = inverse_N - first_E[self.expert_TK.reshape(-1)]
         return replace(self, kept_TK=(rank_N < capacity).view(T, K))
+
+    def _place_by_weight(self) -> Tensor:
+        """Where each row would stand if an expert's rows were sorted by weight, the largest first, [T * K]."""
+        order_N = torch.argsort(self.weight_TK.detach().reshape(-1), descending=True, stable=True)
+        order_N = order_N[torch.argsort(self.selected_TK.reshape(-1)[order_N], stable=True)]
+        return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
 
     def harden(self, k: int) -> "Assignments":
         """Only the k strongest choices of each token, which share the token's whole weight in proportion."""

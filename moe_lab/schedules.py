@@ -55,12 +55,19 @@ def _number_is_constant(value: Any) -> Any:
 
 def _stays_positive(curve: Curve) -> Curve:
     if curve.start <= 0 or (curve.end is not None and curve.end <= 0):
-        raise ValueError("a temperature must stay above 0")
+        raise ValueError("must stay above 0")
+    return curve
+
+
+def _is_probability(curve: Curve) -> Curve:
+    if max(curve.start, curve.end or 0.0) > 1:
+        raise ValueError("a probability must be at most 1")
     return curve
 
 
 Schedule = Annotated[Curve, BeforeValidator(_number_is_constant)]
 Positive = Annotated[Schedule, AfterValidator(_stays_positive)]
+Probability = Annotated[Schedule, AfterValidator(_is_probability)]
 
 
 def constant(value: float) -> Curve:

@@ -47,6 +47,7 @@ def set_weights(pairs: dict[Tensor, Tensor]) -> None:
             to.copy_(source)
 
 
-def gating(D: int, E: int, k: int) -> Any:
-    """The gate of st-moe-pytorch with room for all and a threshold that sends every token to all of its k experts."""
-    return st_moe().TopNGating(D, E, top_n=k, threshold_train=0.0, capacity_factor_train=float(E)).double()
+def gating(D: int, E: int, k: int, threshold: float = 0.0, factor: float | None = None) -> Any:
+    """The gate of st-moe-pytorch with room for all, and a threshold that sends every token to all of its k experts."""
+    options = {"threshold_train": threshold, "capacity_factor_train": factor or float(E)}
+    return st_moe().TopNGating(D, E, top_n=k, **options).double()

@@ -72,7 +72,12 @@ def test_train_help_and_list_tell_every_preset_with_its_comment() -> None:
         about = next(line for line in path.read_text().splitlines() if line.startswith("#") and "@package" not in line)
         assert re.search(rf"^ +\*? +{path.stem} +{re.escape(about[1:].strip())}$", told, re.MULTILINE), path
         assert path.stem in listed
-    for key in yaml.safe_load((ROOT / "conf/train.yaml").read_text()).keys() - {"defaults", "hydra", "balance"}:
+    for key in yaml.safe_load((ROOT / "conf/train.yaml").read_text()).keys() - {
+        "defaults",
+        "hydra",
+        "balance",
+        "explore",
+    }:
         assert re.search(rf"^  {key}[.=]", told, re.MULTILINE), key
 
 
@@ -122,6 +127,8 @@ def test_a_reader_that_leaves_early_hears_nothing(here: Path) -> None:
         ("moe-lab train balance=[sw", ["balance=[switch"]),
         ("moe-lab train balance=[switch,im", ["balance=[switch,importance"]),
         ("moe-lab train balance=[switch,sw", []),
+        ("moe-lab train explore=[gumbel,ji", ["explore=[gumbel,jitter"]),
+        ("moe-lab train router=switch explore=[jitter] explore.ji", ["explore.jitter."]),
         ("moe-lab train -m router=topk,sw", ["router=topk,switch"]),
         ("moe-lab train schedule.temp", ["schedule.temperature."]),
         ("moe-lab train dev", ["device="]),

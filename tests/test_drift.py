@@ -28,6 +28,7 @@ CHOICES = {
     "router": "sigmoid_topk",
     "experts": "swiglu",
     "balance": "[switch, loss_free]",
+    "explore": "[gumbel]",
     "schedule": "anneal",
     "dataset": "clusters",
     "model": "nano",

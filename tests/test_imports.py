@@ -39,7 +39,7 @@ MAY: dict[str, set[str]] = {
     "upkeep": {"balance", "model", "schedules"},
     "datasets": {"config", "durable", "reading", "seeding"},
     "sinks": {"config", "durable", "secrecy"},
-    "observe": {"plans", "routing", "model"},
+    "observe": {"config", "plans", "routing", "model"},
     "probes": {"routing", "model"},
     "loop": {
         "routing",

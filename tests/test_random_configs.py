@@ -40,7 +40,8 @@ WILD = [
     *([], [1], ["a"], [None], [[]], {}, {"a": 1}, {"name": "topk"}, {"start": 1}, {"_target_": "os.system"}, b"x"),
 ]
 MODEST = [0, 1, 2, 3, 4, 8, 0.0, 0.1, 0.5, 0.99, 1.0, 2.5, 1e-6, 1e4, True, False, None]
-GROUPS = ("router", "experts", "balance", "schedule", "dataset", "model", "objective", "optim")
+GROUPS = ("router", "experts", "balance", "explore", "schedule", "dataset", "model", "objective", "optim")
+LISTS = ("balance", "explore")
 # Set by the test: where it writes, how long it takes, what it does not have.
 KEPT = {"device", "compile", "dtype", "resume", "output_dir", "study", "fast", "steps", "checkpoint", "repo", "paths"}
 
@@ -66,8 +67,8 @@ def draw(r: random.Random, pool: list[Any], changes: int) -> dict[str, Any]:
     cfg = copy.deepcopy(base())
     for group in r.sample(GROUPS[:-1], 3):
         node = copy.deepcopy(r.choice(presets(group)))
-        if group == "balance":
-            cfg["balance"] = {n["name"]: copy.deepcopy(n) for n in r.sample(presets(group), r.randint(0, 3))}
+        if group in LISTS:
+            cfg[group] = {n["name"]: copy.deepcopy(n) for n in r.sample(presets(group), r.randint(0, 3))}
         elif group not in ("model", "dataset"):
             cfg[group] = node
     cfg["experts"] |= {"num": 4, "width": 16}
@@ -83,7 +84,7 @@ def change(r: random.Random, cfg: dict[str, Any], pool: list[Any]) -> None:
         cfg[group] = copy.deepcopy(r.choice(pool))
         return
     node = cfg if group == "root" else cfg[group]
-    if group == "balance" and node and isinstance(node, dict):
+    if group in LISTS and node and isinstance(node, dict):
         node = r.choice(list(node.values()))
     name = "train" if group == "root" else node.get("name") if isinstance(node, dict) else None
     if not isinstance(name, str) or name not in registered(group):

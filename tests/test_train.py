@@ -51,16 +51,17 @@ def stop_after(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
 PRESETS = [
     f"{path.parent.name}={path.stem}"
     for path in sorted(Path(CONF).glob("*/*.yaml"))
-    if path.parent.name in ("router", "experts", "balance", "schedule", "objective", "optim")
+    if path.parent.name in ("router", "experts", "balance", "explore", "schedule", "objective", "optim")
 ]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains_two_steps(preset: str, tmp_path: Path) -> None:
     group, name = preset.split("=")
-    choice = f"{group}=[{name}]" if group == "balance" else preset
+    choice = f"{group}=[{name}]" if group in ("balance", "explore") else preset
     needs = {"load": ["router=noisy_topk"], "loss_free": ["router=sigmoid_topk"], "l1_adaptive": ["router=relu"]}
-    summary = run(tmp_path, choice, *needs.get(name, []), "steps=2", "eval_every=2")
+    beside = ["router=topk"] if group == "explore" else needs.get(name, [])
+    summary = run(tmp_path, choice, *beside, "steps=2", "eval_every=2")
     assert summary["status"] == "completed"
     assert summary["loss"] > 0 and summary["eval"]["loss"] > 0
     rows = load(tmp_path).metrics
@@ -123,7 +124,17 @@ MOVING = [
 ]
 
 
-@pytest.mark.parametrize("overrides", [["router=gumbel_ste"], MOVING, ["objective=mlm", "router=noisy_topk"]])
+TRYING = [
+    "router=topk",
+    "explore=[gaussian,jitter,dropout,reroute,expert_dropout,second_expert]",
+    "explore.reroute.strength={curve: cosine, start: 0.5, end: 0}",
+    "experts.capacity_factor={curve: linear, start: 0.5, end: 2}",
+    "experts.drop=probability",
+    "optim.accumulate=2",
+]
+
+
+@pytest.mark.parametrize("overrides", [["router=gumbel_ste"], MOVING, TRYING, ["objective=mlm", "router=noisy_topk"]])
 def test_stop_and_resume_equals_no_stop(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "whole", *overrides)
     stop_after(17, monkeypatch)  # between two rows, and at no checkpoint of its own

@@ -35,7 +35,7 @@ def run(judge: Judge, steps: range, load: list[float] = EVEN, **more: Any) -> li
     return [judge.see(row(step, load, window=steps.step, **more))[0] for step in steps]
 
 
-CONFIG: dict[str, Any] = {"balance": {"switch": {"weight": 0.01}}, "router": {"name": "topk", "k": 1, "noise": "none"}}
+CONFIG: dict[str, Any] = {"balance": {"switch": {"weight": 0.01}}, "router": {"name": "topk", "k": 1}}
 
 
 def judge(domains: int = 4, k: int = 1, experts: int = E) -> Judge:
@@ -287,6 +287,8 @@ def test_a_resumed_judge_stands_where_it_stood():
         ["router=sigmoid_topk", "balance=[loss_free]"],
         ["router=noisy_topk", "router.k=1", "balance=[importance,load]"],
         ["router=topk", "router.k=1"],
+        ["router=switch", "explore=[jitter]"],
+        ["router=switch", "explore=[gaussian,reroute]"],
     ],
 )
 def test_remedies_are_overrides_that_the_config_takes(overrides: list[str]):
@@ -297,6 +299,22 @@ def test_remedies_are_overrides_that_the_config_takes(overrides: list[str]):
         replaced = override.partition("=")[0]
         kept = [o for o in overrides if not o.startswith((f"{replaced}=", *[f"{replaced}."] * ("." not in replaced)))]
         assert tiny(*kept, override) != cfg, tip
+
+
+@pytest.mark.parametrize(
+    "router, explore, tip",
+    [
+        ("topk", [], "explore=[gumbel]"),
+        ("switch", ["jitter", "reroute"], "explore=[jitter,reroute,gumbel]"),
+        ("switch", ["jitter", "gaussian"], "schedule.noise=2"),
+        ("noisy_topk", ["jitter"], "schedule.noise=2"),
+        ("softmax_ste", [], "router=gumbel_ste"),
+        ("dense", [], "router=gumbel_softmax"),
+    ],
+)
+def test_noise_where_there_is_none_and_more_of_it_where_there_is(router: str, explore: list[str], tip: str):
+    cfg = {"router": {"name": router, "k": 1}, "explore": {name: {"name": name} for name in explore}}
+    assert [found.split(" (")[0] for found in remedies("collapsed", 0.0, 0, cfg) if "noise" in found] == [tip]
 
 
 def test_unequal_losses_call_for_sampling():

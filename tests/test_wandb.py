@@ -27,7 +27,11 @@ from moe_lab.sinks.wandb import Wandb, resolve_mode, scalars
 from moe_lab.train import train
 
 KEY = "a" * 40  # the right shape, known to nobody
-CFG = {"router": {"name": "topk", "k": 1}, "balance": {"switch": {"name": "switch", "weight": 0.01}}, "seed": 3}
+LISTS = {
+    "balance": {"switch": {"name": "switch", "weight": 0.01}},
+    "explore": {"jitter": {"name": "jitter", "strength": 0.01}},
+}
+CFG = {"router": {"name": "topk", "k": 1}, **LISTS, "seed": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +104,7 @@ def test_the_run_can_be_grouped_and_compared(tmp_path: Path):
     run = recorded(tmp_path / "run")
     assert (run.project, run.group, run.job_type, run.name) == ("p", "study", "train", "run")
     assert run.config["router"]["name"] == "topk" and run.config["seed"] == 3
-    assert {"topk", "clusters", "switch", "mine", "verdict:healthy", "verdict:collapsed"} == set(run.tags)
+    assert {"topk", "clusters", "switch", "jitter", "mine", "verdict:healthy", "verdict:collapsed"} == set(run.tags)
     assert run.metrics["tokens"].options.hidden
     assert run.metrics["*"].step_metric == "tokens"
     assert run.metrics["eval/loss"].summary.min and run.metrics["eval/loss"].summary.last

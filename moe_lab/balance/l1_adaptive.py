@@ -57,9 +57,9 @@ class L1Adaptive(Balancer):
             return
         moe = layers[0].moe
         assert moe is not None
-        still_open = sum(s["open"] for s in stats) / sum(s["gates"] for s in stats)
+        opened, gates = (torch.stack([s[name] for s in stats]).sum() for name in ("open", "gates"))
         target = moe.router.k / moe.experts.num
-        factor = self.alpha ** torch.sign(still_open - target)
+        factor = self.alpha ** torch.sign(opened / gates - target)
         for layer in layers:
             layer.state["strength"] = layer.state["strength"] * factor
 

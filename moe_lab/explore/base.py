@@ -21,6 +21,7 @@ class Explorer:
     """
 
     draws: Mapping[str, Draw] = {}
+    overrules = False  # whether it changes the choice beside the logits: balance=[load] would not know
 
     def __init__(self, *, strength: Schedule):
         self.strength = strength
@@ -51,9 +52,11 @@ class Explorer:
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
-        router = cfg["router"]["name"]
+        name, router = node["name"], cfg["router"]["name"]
         if not registered("router")[router].scored:
-            return [f"explore.{node['name']}: router={router} does not choose by scores; take explore=[]"]
+            return [f"explore.{name}: router={router} does not choose by scores; take explore=[]"]
+        if cls.overrules and any(balancer["name"] == "load" for balancer in cfg["balance"].values()):
+            return [f"explore.{name}: balance.load knows nothing of what it changes; take one of them"]
         return []
 
 
@@ -62,10 +65,21 @@ class LogitNoise(Explorer):
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
-        router = cfg["router"]["name"]
+        name, router = node["name"], cfg["router"]["name"]
         own = registered("router")[router].noise
         if own != "none":
-            return [f"explore.{node['name']}: router={router} has {own} noise of its own, scaled by schedule.noise"]
-        if node["name"] != "gaussian" and "gaussian" in cfg["explore"]:
-            return [f"explore.{node['name']}: explore.gaussian puts noise on the logits already; take one of them"]
+            return [f"explore.{name}: router={router} has {own} noise of its own; schedule.noise scales that"]
+        if (first := first_of(LogitNoise, cfg)) is not node:
+            return [f"explore.{name}: explore.{first['name']} puts noise on the logits already; take one of them"]
         return super().conflicts(node, cfg)
+
+
+def first_of(kind: type[Explorer], cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first explorer of its kind in a config that has one: of some kinds there can be one alone."""
+    known = registered("explore")
+    return next(node for node in cfg["explore"].values() if issubclass(known[node["name"]], kind))
+
+
+def runs_every_expert(router: Mapping[str, Any]) -> bool:
+    """Whether the router of this config has all experts on all tokens."""
+    return registered("router")[router["name"]].every_expert or router.get("backward") == "dense"

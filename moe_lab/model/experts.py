@@ -15,6 +15,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moe_lab.config import option
+from moe_lab.plans import Drop
+from moe_lab.schedules import Positive
 from moe_lab.seeding import parameter
 
 PosInt = Annotated[int, Field(ge=1)]
@@ -51,13 +53,15 @@ class Experts(nn.Module):
         num: PosInt = 8,
         width: PosInt | None = None,
         shared_experts: Annotated[int, Field(ge=0)] = 0,
-        capacity_factor: Annotated[float, Field(gt=0)] | None = None,
+        capacity_factor: Positive | None = None,
+        drop: Drop = "position",
         backend: Backend = "auto",
     ):
         super().__init__()
         width = width or usual_width(dim, self.sides)
         self.num, self.width, self.backend = num, width, backend
         self.shared_experts, self.capacity_factor = shared_experts, capacity_factor
+        self.drop: Drop = drop
         # Input side by neuron, so that the gradient dh^T x of a CPU's product comes out in the order of its memory.
         self.w_in_EID = parameter(num, self.sides * width, dim, std=dim**-0.5)
         # Residual branches shrink with depth, so that the stream's variance does not grow with it (GPT-2).

@@ -28,7 +28,7 @@ class MoE(nn.Module):
         routing = self.router(x_TD, ctx)
         plan = routing.plan
         if ctx.knobs.capacity is not None and isinstance(plan, Assignments):
-            plan = plan.limit(ctx.knobs.capacity, ctx.hard or self.router.k)
+            plan = plan.limit(ctx.knobs.capacity, ctx.hard or self.router.k, self.experts.drop)
             routing = replace(routing, plan=plan)
         out_ND = self.experts(plan.gather(x_TD), plan.counts_E)
         y_TD = plan.combine(out_ND)

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moe_lab.config import registered
 from moe_lab.observe.thresholds import SPREAD
+from moe_lab.routing import Router
 
 
 def remedies(verdict: str, spread: float, dead: int, config: Mapping[str, Any]) -> list[str]:
@@ -40,16 +42,17 @@ def push(config: Mapping[str, Any], factor: float) -> Iterator[str]:
 
 def sample(config: Mapping[str, Any], reason: str = "") -> Iterator[str]:
     """Noise, so that tokens try experts that the router would not pick."""
-    router = config.get("router") or {}
-    name = router.get("name")
-    if router.get("noise") == "none":
-        yield f"router.noise=gumbel (noise{reason or ': every expert is tried'})"
-    elif name == "softmax_ste":
-        yield f"router=gumbel_ste (noise{reason or ': every expert is tried'})"
+    name, explore = (config.get("router") or {}).get("name"), config.get("explore") or {}
+    router = registered("router").get(name or "gumbel_ste", Router)
+    noise = f"(noise{reason or ': every expert is tried'})"
+    if name == "softmax_ste":
+        yield f"router=gumbel_ste {noise}"
     elif name == "dense":
-        yield f"router=gumbel_softmax (noise{reason or ': every expert is tried'})"
-    else:
+        yield f"router=gumbel_softmax {noise}"
+    elif router.noise != "none" or explore.keys() & {"gaussian", "gumbel"}:
         yield f"schedule.noise={2 * level(config, 'noise'):g} (more noise{reason})"
+    elif router.scored:
+        yield f"explore=[{','.join([*explore, 'gumbel'])}] {noise}"
 
 
 def soften(config: Mapping[str, Any]) -> Iterator[str]:

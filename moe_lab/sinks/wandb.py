@@ -126,14 +126,8 @@ def resolve_mode(mode: str) -> Literal["online", "offline", "disabled"]:
 
 def run_tags(facts: dict[str, Any], cfg: dict[str, Any], own: Sequence[str]) -> list[str]:
     """Router, dataset, balancers, explorers and the user's tags, each once; W&B takes 1 to 64 characters."""
-    tags = [
-        facts.get("router"),
-        facts.get("dataset"),
-        *(cfg.get("balance") or {}),
-        *(cfg.get("explore") or {}),
-        *facts.get("tags", []),
-        *own,
-    ]
+    lists = [name for group in ("balance", "explore") for name in cfg.get(group) or {}]
+    tags = [facts.get("router"), facts.get("dataset"), *lists, *facts.get("tags", []), *own]
     return list(dict.fromkeys(str(tag)[:64] for tag in tags if tag))
 
 

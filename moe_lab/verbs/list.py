@@ -9,7 +9,7 @@ from moe_lab.cli import arguments, complain, quiet_pipe
 
 def main(argv: list[str]) -> int:
     parser = arguments("list", "The groups, or the options of one with their keys.")
-    parser.add_argument("group", nargs="?", help="router, experts, balance, ...; all of them when left out")
+    parser.add_argument("group", nargs="?", help="router, experts, balance, explore, ...; all of them when left out")
     parser.add_argument("--traits", action="store_true", help="what each router promises: list router --traits")
     told = parser.parse_args(argv)
     asked = told.group

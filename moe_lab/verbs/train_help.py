@@ -12,6 +12,7 @@ USAGE = """usage: moe-lab train [GROUP=OPTION ...] [KEY=VALUE ...]
 EXAMPLES = """
   moe-lab train router=gumbel_ste                            the default data, about a minute on a laptop
   moe-lab train router=noisy_topk balance=[importance,load] schedule=anneal
+  moe-lab train router=switch explore=[gumbel,reroute] explore.reroute.strength=0.1
   moe-lab train dataset=text dataset.paths=[my.txt] model=small optim.lr=1e-3
   moe-lab train fast=true logger=[]                          a few steps through every path
 """

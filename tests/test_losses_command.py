@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from command import Said, moe_lab
 from layers import randn
 from tiny import CONF
 
-from moe_lab.conventions import CONVENTIONS
+from moe_lab.conventions import CONVENTIONS, Convention
 
 SMALL = ("losses", "--tokens", "96")
 
@@ -60,6 +61,29 @@ def test_values_by_hand():
     assert by_name["switch"]["balanced"]["dead"] is None
     assert 0 < by_name["switch"]["collapse"]["dead"] < 1e-6 < by_name["switch"]["skewed"]["gradient"]
     assert by_name["Hugging Face Mixtral"]["factor"] == 2 and by_name["nanoMoE"]["factor"] is None
+
+
+DOCS = (Path(__file__).parents[1] / "docs/losses.md").read_text()
+
+
+def numbers(table: str) -> dict[str, list[float]]:
+    """Each row's numbers by its name."""
+    rows = re.findall(r"^(?:  )?(\S.*?)  +(-?\d[-+.\de ]*)(?:  .*)?$", table, re.MULTILINE)
+    return {name: [float(word) for word in words.split()] for name, words in rows}
+
+
+def test_the_page_shows_what_the_command_prints():
+    (block,) = re.findall(r"^```\n\$ moe-lab losses\n(.*?)^```", DOCS, re.MULTILINE | re.DOTALL)
+    shown, printed = numbers(block), numbers(moe_lab("losses").out)
+    assert len(shown) > 20 and {c.name for c in CONVENTIONS} <= set(shown)
+    for name, row in shown.items():
+        assert printed[name][:5] == pytest.approx(row[:5], rel=2e-3), name
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda c: c.value.__name__)
+def test_the_page_has_every_formula(convention: Convention):
+    (row,) = re.findall(rf"^\| {re.escape(convention.name)}[ (].*\|$", DOCS, re.MULTILINE)
+    assert row.endswith(f"| {convention.checked} |")
 
 
 def test_sizes_and_seed():

@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench methods docs clean
+.PHONY: demo test check mutants bench methods docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/moe-lab train router=gumbel_ste
@@ -27,6 +27,10 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
+
+# Plant one error per method, each in a copy of the tree, and demand that a test turns red (a few minutes).
+mutants: $(VENV)/.installed-test
+	$(BIN)/python tests/mutants/run.py
 
 # Measure speed and memory against the targets (a few minutes on an idle machine).
 bench: $(VENV)/.installed-test

@@ -14,6 +14,7 @@ VERBS = {
     "diff": "how two runs differ in config and outcome: moe-lab diff RUN RUN",
     "export": "a run's metrics as CSV or parquet: moe-lab export RUN",
     "verify": "check that a run is whole, without touching it: moe-lab verify RUN",
+    "losses": "what balance losses are worth, here and in other frameworks",
     "info": "versions, devices and paths, to paste into a bug report",
 }
 HELP = f"""moe-lab {__version__}: which router collapses, which one learns, and what did balancing cost?

@@ -282,9 +282,10 @@ def test_dense_backward_is_the_gradient_of_the_full_relaxation():
 
 
 @pytest.mark.parametrize("temperature", [0.2, 3.0])
-def test_gumbel_choice_samples_the_softmax_at_any_temperature(temperature: float):
+@pytest.mark.parametrize("name", ["gumbel_ste", "gumbel_softmax"])
+def test_gumbel_choice_samples_the_softmax_at_any_temperature(name: str, temperature: float):
     n, logits_E = 20_000, torch.tensor([1.0, 0.0, -1.0, 0.5])
-    router = make_router(preset("router", "gumbel_ste"), 4, 4, torch.float32)
+    router = make_router(preset("router", name), 4, 4, torch.float32)
     with torch.no_grad():
         router.weight_ED.copy_(torch.eye(4))
     plan = router(logits_E.expand(n, 4), context(draw(router, n), temperature=temperature)).plan

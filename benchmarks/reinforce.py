@@ -105,7 +105,7 @@ def samples(trained: Loop, batch: Examples, values: Values, expected_T: Tensor) 
     guess_T = torch.empty(0)
     for n in range(DRAWS):
         noise_TE = seeding.noise("gumbel", (T, E), "benchmark", n)
-        out, loss_T = forward(parts, batch, contexts(parts, values, batch, [Drawn(noise_TE, {}, [])]))
+        out, loss_T = forward(parts, batch, contexts(parts, values, batch, [Drawn(noise_TE, {}, [], {})]))
         extra, guess_T = out.routings[0].extra, out.routings[0].extra["baseline_T"].detach()
         mean = router.running_2[0] / router.running_2[1]
         baselines = {"none": 0.0, "mean": mean, "critic": guess_T, "each token's expected loss": expected_T}

@@ -282,7 +282,7 @@ class Run:
 
     def add(self, balancer: Balancer, routing: Routing) -> None:
         out = Output(torch.zeros(()), (routing,), (torch.zeros(()),))
-        self._upkeep(balancer).add(out, 1)
+        self._upkeep(balancer).add(out, torch.zeros(1), torch.ones(1), 1)
 
     def close(self, balancer: Balancer) -> None:
         self._upkeep(balancer).close(Values(temperature=1, noise=1, balance=1, bias_rate=1, progress=0), 1)

@@ -3,6 +3,7 @@
 Shapes: T tokens, D width, E experts, K chosen per token.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from layers import (
     context,
     dense_weights,
     draw,
+    fits,
     grad,
     make_moe,
     make_router,
@@ -24,6 +26,7 @@ from layers import (
 )
 from torch import Tensor
 
+from moe_lab.balance.base import Balancer, Layer
 from moe_lab.config import build, registered
 from moe_lab.routing import Assignments, Mixture, Router, Traits
 
@@ -48,10 +51,10 @@ def chosen(router: Router, x_TD: Tensor, **kwargs: Any) -> Tensor:
 
 
 def different_choices(selected_TK: Tensor, k: int | None) -> None:
-    """No token chooses an expert twice, and each chooses k, or at least one where k is None."""
+    """No token chooses an expert twice, and each chooses k; k None: any number."""
     for row in selected_TK.tolist():
         choices = [e for e in row if e < E]
-        assert len(set(choices)) == len(choices) and (len(choices) == k if k else choices)
+        assert len(set(choices)) == len(choices) and k in (None, len(choices))
 
 
 @every_router
@@ -86,7 +89,7 @@ def test_noise_matters_in_training_and_is_off_in_evaluation(node: dict[str, Any]
     assert torch.equal(dense_weights(silenced.plan), dense_weights(quiet.plan))
 
 
-@those_that(lambda cls, traits: traits.live is not None)
+@those_that(lambda cls, traits: traits.live is not None and cls.objective is Router.objective)
 def test_task_gradient_reaches_the_gate(node: dict[str, Any]):
     """Except where the weight is 1 whatever the logits: there rounding leaves about 1e-6 of the experts' gradient."""
     moe = make_moe(node, D, E, dtype=torch.float32)
@@ -146,7 +149,10 @@ def test_one_expert_and_all_experts(node: dict[str, Any]):
     x_TD = randn(T, D)
     alone = make_router(node | {"k": 1}, D, 1)
     routing = alone(x_TD, context(**told(alone, T)))
-    assert int(routing.plan.selected_E) == T and torch.isfinite(dense_weights(routing.plan)).all()
+    assert routing.plan.ragged or int(routing.plan.selected_E) == T
+    assert torch.isfinite(dense_weights(routing.plan)).all()
+    if not fits("router", node | {"k": E}):  # BASE gives each token one
+        return
     full = make_router(node | {"k": E}, D, E)
     plan = full(x_TD, context(**told(full, T))).plan
     assert plan.ragged or plan.selected_E.tolist() == [T] * E
@@ -162,7 +168,8 @@ def test_ties_still_choose_k_different_experts(node: dict[str, Any]):
     weight_TE = dense_weights(plan)
     if node["name"] in DRAWN_FROM_THE_GATE or (logits_TE != logits_TE[:, :1]).any():
         return  # the second draw is weighed without the first; lpr's encoder has a shift
-    assert weight_TE[weight_TE > 0].unique().numel() == 1, "equal logits, unequal weights"
+    assert weight_TE[weight_TE > 0].unique().numel() <= 1, "equal logits, unequal weights"
+    assert plan.ragged or weight_TE.any()
 
 
 @those_that(lambda cls, traits: cls.scored)
@@ -170,7 +177,8 @@ def test_ties_still_choose_k_different_experts(node: dict[str, Any]):
 @pytest.mark.parametrize("hard", [None, 1])
 def test_extreme_logits(node: dict[str, Any], bias: float | None, hard: int | None):
     """Logits of +-1e4: softmax and sigmoid saturate to exact zeros, and a bias can choose what has weight zero."""
-    router = make_router(node, E, E, torch.float32)
+    moe = make_moe(node, E, E, dtype=torch.float32, width=8)
+    router = moe.router
     with torch.no_grad():
         if hasattr(router, "weight_ED"):
             router.get_parameter("weight_ED").copy_(torch.eye(E))  # the tokens are the logits
@@ -180,10 +188,14 @@ def test_extreme_logits(node: dict[str, Any], bias: float | None, hard: int | No
     bias_E = None if bias is None else bias * one[3]
     routing = router(x_TD, context(**told(router, len(x_TD)), bias_E=bias_E, hard=hard))
     loss = (dense_weights(routing.plan) * randn(len(x_TD), E).float()).sum()
+    cfg = {"router": node, "experts": {"num": E, "width": 8}, "explore": {}, "model": preset("model", "nano")}
     for name in sorted(registered("balance")):
-        balancer = build("balance", {"name": name})
-        if balancer.weight is not None and (name != "load" or router.noise == "gaussian"):
-            loss = loss + balancer.loss(routing)
+        balancer: Balancer = build("balance", {"name": name})
+        refused = balancer.conflicts(preset("balance", name), cfg | {"balance": {name: preset("balance", name)}})
+        if balancer.weight is not None and not refused:
+            draws = {n: torch.rand(E, E) for n in balancer.draws}
+            state = balancer.start(copy.deepcopy(moe))  # some start with other weights
+            loss = loss + balancer.loss(routing, Layer(moe, 1, {}, state, draws))
     loss.backward()
     assert torch.isfinite(dense_weights(routing.plan)).all() and torch.isfinite(loss)
     for p in (x_TD, *router.parameters()):
@@ -198,7 +210,8 @@ def test_hard_evaluation_keeps_the_strongest_and_the_whole_weight(node: dict[str
     plan, top1 = router(x_TD, context(**here)).plan, router(x_TD, context(**here, hard=1)).plan
     assert torch.equal(top1.selected_TK, plan.selected_TK[:, :1])
     torch.testing.assert_close(dense_weights(top1).sum(-1), dense_weights(plan).sum(-1))
-    assert (dense_weights(top1) > 0).sum(-1).eq(1).all()
+    used_T = dense_weights(plan).sum(-1) > 0  # expert choice leaves some tokens out
+    assert torch.equal((dense_weights(top1) > 0).sum(-1), used_T.long()) and used_T.any()
 
 
 # Straight-through routers. c_TD is the gradient of the loss at the layer's output, a_TE = <c_t, expert_e(x_t)>.

@@ -27,6 +27,7 @@ AXES: dict[str, list] = {
     "renormalise": [True, False],
     "gate": ["softmax", "sigmoid", "normalised_sigmoid"],
     "draw": ["fixed", "fresh"],
+    "p": [0.9],  # top_p: more than one expert for most tokens
     "r": [2.0],  # sparsemixer: most experts are near the best one
 }
 

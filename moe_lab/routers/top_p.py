@@ -18,8 +18,8 @@ class TopP(Gated):
     """The best experts until their probabilities sum to p, weighted by their gate values (arXiv 2403.07652).
 
     The mass is counted in the gate as a distribution at temperature 1, so that the schedule's temperature changes
-    weights and never the choice. Number of rows and FLOPs depend on the data; k is what they are reckoned with
-    where one number is needed (capacity, the ceiling of the load's measures).
+    weights and never the choice. How many rows are computed depends on the data; k is what is reckoned with where one
+    number is needed (capacity, the ceiling of the load's measures).
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TopP(Gated):
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
         # The best expert has at least 1 / E of the mass.
         alone = node["most"] == 1 or node["p"] <= 1 / E
-        return replace(super().traits(dict(node) | {"k": 1 if alone else 2}, E), static_shapes=False)
+        return replace(super().traits(dict(node) | {"k": 1 if alone else 2}, E), flops=None)
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:

@@ -25,15 +25,13 @@ class Unlearned(Router):
     def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
         return x_TD.new_zeros(x_TD.shape[0], self.num_experts)
 
-    def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
-        with torch.autocast(x_TD.device.type, enabled=False), torch.no_grad():
-            x_TD = x_TD.float() if x_TD.dtype != torch.float64 else x_TD
-            expert_TK = best(self.rank(x_TD, ctx), self.k)
-            weight_TK = x_TD.new_full(expert_TK.shape, 1 / self.k)
-            logits_TE = self.score(x_TD, ctx)
-            probs_TE = torch.zeros_like(logits_TE).scatter(1, expert_TK, weight_TK)
-        plan = Assignments(expert_TK, weight_TK, self.num_experts)
-        return Routing(plan if ctx.hard is None else plan.harden(ctx.hard), logits_TE, probs_TE)
+    @torch.no_grad()
+    def route(self, x_TD: Tensor, ctx: Context) -> Routing:
+        expert_TK = best(self.rank(x_TD, ctx), self.k)
+        weight_TK = x_TD.new_full(expert_TK.shape, 1 / self.k)
+        logits_TE = self.score(x_TD, ctx)
+        probs_TE = torch.zeros_like(logits_TE).scatter(1, expert_TK, weight_TK)
+        return Routing(Assignments(expert_TK, weight_TK, self.num_experts), logits_TE, probs_TE)
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:

@@ -46,7 +46,11 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "sparsemixer": ["router.version=1"],
         "topk": ["router.gate=sigmoid", "router.gate=normalised_sigmoid", "router.scoring=mlp"],
     },
-    "balance": {"entropy": ["balance.entropy.of=token", "balance.entropy.of=mutual_information"]},
+    "balance": {
+        "entropy": ["balance.entropy.of=token", "balance.entropy.of=mutual_information"],
+        "loss_free": ["balance.loss_free.update=proportional"],
+        "switch": [f"balance.switch.scope={scope}" for scope in ("sequence", "global_batch", "running")],
+    },
     "experts": {
         "swiglu": [
             "experts.granularity=2",

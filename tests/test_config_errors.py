@@ -104,6 +104,8 @@ MISTAKES = {
     "balance=[quantile,loss_free]": ["balance=[loss_free,quantile]: both move the same selection bias; take one"],
     "balance=[quantile] router=dense": ["balance.quantile: router=dense makes no choice by scores"],
     "balance=[quantile] router.k=8": ["balance.quantile: nothing to choose with router.k=8 of experts.num=8"],
+    "balance=[erc] router=cosine": ["balance.erc: router=cosine has no learned row per expert"],
+    "balance=[simbal] router.scoring=mlp": ["balance.simbal: router.scoring=mlp puts a layer between"],
     "balance=[simbal] experts.num=500": ["balance.simbal.orthogonal: experts.num=500 rows of model.dim"],
     "experts.backend=grouped experts.width=30": ["experts.width=30", "multiples of 8"],
     "batch_size=3 optim.accumulate=2": ["optim.accumulate=2", "batch_size=3"],

@@ -18,7 +18,11 @@ def router_rows(moe: MoE | None) -> Tensor:
 
 def without_rows(name: str, cfg: Mapping[str, Any]) -> list[str]:
     """A line where the router does not score tokens by one learned row per expert."""
-    router = cfg["router"]["name"]
-    if getattr(registered("router")[router], "directions_ED", None) is Scored.directions_ED:
-        return []
-    return [f"balance.{name}: router={router} has no learned row per expert; try router=topk"]
+    router = cfg["router"]
+    if registered("router")[router["name"]].directions_ED is not Scored.directions_ED:
+        return [f"balance.{name}: router={router['name']} has no learned row per expert; try router=topk"]
+    if router.get("scoring", "linear") != "linear":
+        return [
+            f"balance.{name}: router.scoring={router['scoring']} puts a layer between tokens and rows; linear does not"
+        ]
+    return []

@@ -44,7 +44,7 @@ class Settings:
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         if leaks(cfg) and not node["allow_leak"]:
             return [
-                f"router={cfg['router']['name']}: looks at later tokens, so that objective={cfg['objective']['name']} "
+                f"{_leak(cfg)}: looks at later tokens, so that objective={cfg['objective']['name']} "
                 "means little; take objective=mlm, or say allow_leak=true and every table will name it"
             ]
         accumulate = cfg["optim"]["accumulate"]
@@ -65,10 +65,18 @@ class Settings:
 
 
 def leaks(cfg: Mapping[str, Any]) -> bool:
-    """Whether the router shows a causal model its future: such a loss cannot be compared with others."""
-    router = cfg["router"]
-    traits = registered("router")[router["name"]].traits(router, cfg["experts"]["num"])
-    return cfg["model"]["moe"] and registered("objective")[cfg["objective"]["name"]].causal and not traits.causal
+    """Whether the MoE layers show a causal model its future: such a loss cannot be compared with others."""
+    causal = registered("objective")[cfg["objective"]["name"]].causal
+    return cfg["model"]["moe"] and causal and _leak(cfg) is not None
+
+
+def _leak(cfg: Mapping[str, Any]) -> str | None:
+    """What looks at later tokens: the router, or a full expert that gives an earlier token's place to a heavier one."""
+    router, experts = cfg["router"], cfg["experts"]
+    if not registered("router")[router["name"]].traits(router, experts["num"]).causal:
+        return f"router={router['name']}"
+    by_weight = experts["capacity_factor"] is not None and experts["drop"] == "probability"
+    return "experts.drop=probability" if by_weight else None
 
 
 def quick(cfg: dict[str, Any]) -> dict[str, Any]:

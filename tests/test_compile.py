@@ -21,6 +21,11 @@ from moe_lab.model.experts import grouped
 ROUTERS = sorted(path.stem for path in Path(CONF, "router").glob("*.yaml"))
 CASES = [(f"router={router}",) for router in ROUTERS] + [
     ("router=topk", "router.k=3", "explore=[gaussian]", "experts.capacity_factor=1.25", "balance=[importance]"),
+    (
+        *("router=topk", "explore=[jitter,dropout,reroute,expert_dropout,second_expert]", "experts.drop=probability"),
+        *("experts.capacity_factor={curve: linear, start: 0.5, end: 2}", "explore.second_expert.of=gate"),
+        "objective=mlm",
+    ),
     ("router=softmax_ste", "router.backward=dense", "experts=mlp", "experts.shared_experts=1"),
     ("router=sigmoid_topk", "balance=[loss_free]", "objective=mlm"),
 ]

@@ -32,6 +32,14 @@ NEEDS = {
 OTHERS = [
     ("router=topk", "router.k=3", "explore=[gaussian]"),
     ("router=switch", "explore=[gumbel]", "schedule=anneal"),
+    ("router=topk", "explore=[gaussian,jitter,dropout,reroute,expert_dropout,second_expert]", "optim.accumulate=2"),
+    (
+        "router=topk",
+        "explore=[router_dropout]",
+        "experts.capacity_factor=1.25",
+        "experts.drop=probability",
+        "objective=mlm",
+    ),
     ("router=softmax_ste", "router.backward=dense"),
     ("experts=mlp", "experts.capacity_factor=1.25", "experts.shared_experts=1"),
     ("objective=mlm", "optim.accumulate=2"),

@@ -129,7 +129,7 @@ TRYING = [
     "explore=[gaussian,jitter,dropout,reroute,expert_dropout,second_expert]",
     "explore.reroute.strength={curve: cosine, start: 0.5, end: 0}",
     "experts.capacity_factor={curve: linear, start: 0.5, end: 2}",
-    "experts.drop=probability",
+    *("experts.drop=probability", "allow_leak=true"),
     "optim.accumulate=2",
 ]
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_lab.config import registered
-from moe_lab.routing import Draw, Plan
+from moe_lab.routing import Draw, Plan, Router
 from moe_lab.schedules import Schedule
 
 
@@ -78,6 +78,22 @@ def first_of(kind: type[Explorer], cfg: Mapping[str, Any]) -> Mapping[str, Any]:
     """The first explorer of its kind in a config that has one: of some kinds there can be one alone."""
     known = registered("explore")
     return next(node for node in cfg["explore"].values() if issubclass(known[node["name"]], kind))
+
+
+class SetChoice(Explorer):
+    """One that sets itself who the k experts of a token are."""
+
+    overrules = True
+
+    @classmethod
+    def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+        name, router = node["name"], cfg["router"]
+        kind = registered("router")[router["name"]]
+        if kind.objective is not Router.objective:
+            return [f"explore.{name}: router={router['name']} learns from the probability of its own choice alone"]
+        if kind.scored and not kind.traits(router, cfg["experts"]["num"]).static_shapes:
+            return [f"explore.{name}: router={router['name']} chooses as many experts as it takes; there is no k"]
+        return super().conflicts(node, cfg)
 
 
 def runs_every_expert(router: Mapping[str, Any]) -> bool:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from moe_lab.config import option, registered
-from moe_lab.explore.base import Explorer
+from moe_lab.explore.base import SetChoice
 from moe_lab.routing import Draw
 from moe_lab.schedules import Probability, constant
 
 
 @option("explore", "reroute")
-class Reroute(Explorer):
+class Reroute(SetChoice):
     """With probability strength a token goes to k experts at random, any k of them as likely: epsilon-greedy.
 
     It is weighted by the gate values of the experts that it got, which is how the gate learns of them. Our form of a
@@ -21,7 +21,6 @@ class Reroute(Explorer):
     """
 
     draws = {"tokens": Draw("uniform", "T"), "experts": Draw("uniform", "TE")}
-    overrules = True
 
     def __init__(self, *, strength: Probability = constant(0.05)):
         super().__init__(strength=strength)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.explore.base import Explorer, runs_every_expert
+from moe_lab.explore.base import SetChoice, runs_every_expert
 from moe_lab.plans import Assignments, Plan, shares
 from moe_lab.routing import Draw
 from moe_lab.schedules import Schedule, constant
 
 
 @option("explore", "second_expert")
-class SecondExpert(Explorer):
+class SecondExpert(SetChoice):
     """A token's second expert stays with probability min(1, g2 / strength); strength 0 keeps them all.
 
     GShard (arXiv 2006.16668, algorithm 1, as we remember it) keeps it where 2 g2 > u, a strength of 0.5;
@@ -24,7 +24,6 @@ class SecondExpert(Explorer):
     """
 
     draws = {"tokens": Draw("uniform", "T")}
-    overrules = True
 
     def __init__(self, *, strength: Schedule = constant(0.5), of: Literal["share", "gate"] = "share"):
         super().__init__(strength=strength)

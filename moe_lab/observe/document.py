@@ -53,7 +53,7 @@ and what to try. The rules, in order; the first that holds is the verdict.
 | frozen | the task's gradient at the router is below {frozen:g} of the experts' (first step and evaluations), unless \
 the layer had collapsed before, which explains it | a gate that is not always 1, another router, a higher temperature |
 | collapsed since step n | load CV from {collapsed:.0%} of its ceiling on (in choices and in gate mass), or \
-{dead:.0%} of the experts dead; n is the start of the unbroken stretch | a larger balance weight, noise, a higher \
+{dead:.0%} of the experts dead; n is the start of the unbroken stretch | a larger balance weight, exploration, a higher \
 temperature |
 | oscillating | {swing:.0%} or more of the load changes hands from update to update, {chance:g} times what the batches \
 explain; or it moves away between rows and {back:.0%} or more of that comes back | a smaller balance step, a smaller \
@@ -91,6 +91,7 @@ WHOLE_RUN = """\
 | `term/<balancer>` | weight x `knob/balance` x the balancer's loss, mean over layers, micro-batches and updates | 0 on | what balancing weighs against the task |
 | `grad_norm` | norm of all gradients before clipping, mean over the window | 0 on | above `optim.clip` it is cut |
 | `lr`, `knob/*` | learning rate and schedule values of the window's last update | | |
+| `knob/<explorer>`, `knob/capacity_factor` | an explorer's strength times `knob/noise`; the capacity factor, where there is one | 0 on | |
 | `eval/loss`, `eval/ppl` | the same on `eval/tokens` validation tokens (at least `eval_tokens`), without noise | 0 on | |
 | `eval/loss_top1`, `eval/loss_topk`, `eval/ppl_*` | the same with only the 1 or k strongest chosen experts, which share each token's whole weight | 0 on | minus `eval/loss`: the gap between training and hard inference |
 | `eval/unigram` | cross-entropy on validation of token frequencies counted on train, add-one | 0 to ln V | a model above it has learned nothing |

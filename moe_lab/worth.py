@@ -41,7 +41,8 @@ class _Absent:
         raise Missing(self._what)
 
 
-_WEIGHTS, _NOISE = cast(Any, _Absent("weights")), cast(Any, _Absent("noise on the logits"))
+_MOE = cast(Any, _Absent("the layer: its router or its weights"))
+_NOISE = cast(Any, _Absent("noise on the logits"))
 
 
 def situations(E: int, k: int, T: int, L: int, seed: int) -> dict[str, Tensor]:
@@ -79,7 +80,7 @@ def ours(name: str, k: int) -> Callable[[Tensor], Tensor] | None:
         return None
 
     def loss(logits_LTE: Tensor) -> Tensor:
-        layers = [Layer(_WEIGHTS, logits_LTE.shape[1], state=balancer.start(_WEIGHTS)) for _ in logits_LTE]
+        layers = [Layer(_MOE, logits_LTE.shape[1], state=balancer.start(_MOE)) for _ in logits_LTE]
         return mean_over_layers(balancer, [routing(logits_TE, k) for logits_TE in logits_LTE], layers)
 
     return loss

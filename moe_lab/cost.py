@@ -13,26 +13,39 @@ def cost(parts: Parts) -> dict[str, Any]:
     `executed` are run (all of them also in a straight-through router with backward=dense, for its gradient).
     `executed_over_chosen` of 8 means eight times the expert FLOPs of a choice. Training takes about three times the
     forward FLOPs.
+
+    flops_per_token: what is executed. useful_flops_per_token: without padding, and without experts that run for the
+    router's gradient alone. Where experts differ, in width or by having no network, a token meets their mean, which is
+    right for even load. Where the data decides how many experts a token gets, k are reckoned with, and `..._at_most`
+    says what it can come to.
     """
     model, S = parts.model, parts.settings.seq_len
-    total = sum(p.numel() for p in model.parameters())
-    idle = extra = 0
-    for moe in model.moes:
-        per_expert = sum(p.numel() for p in moe.experts.parameters()) // moe.experts.num
-        idle += per_expert * (moe.experts.num - moe.router.active)
-        extra += per_expert * (executed(moe, S) - moe.router.active)
-    active = total - idle
+    layers = [expert_weights(moe, S) for moe in model.moes]
+    held, active, executed, useful, most = (sum(layer) for layer in zip(*layers, strict=True)) if layers else [0] * 5
+    of_experts = sum(p.numel() for moe in model.moes for p in moe.experts.parameters())
+    others = sum(p.numel() for p in model.parameters()) - of_experts
     # Two FLOPs per active weight (the tied embedding counts once, as the output head) and the attention products.
     attention = sum(4 * S * model.embed.shape[1] for _ in model.blocks)
-    found: dict[str, Any] = {"params": total, "active_params": active}
-    found["flops_per_token"] = round(2 * (active + extra)) + attention
-    for moe in model.moes[:1]:
-        counts = {"chosen": moe.router.k, "active": moe.router.active, "executed": executed(moe, S)}
-        found |= {f"experts_{name}": n for name, n in counts.items()}
-        found["executed_over_chosen"] = executed(moe, S) / moe.router.k
-    return found
+    found: dict[str, Any] = {"params": others + held, "active_params": round(others + active)}
+    flops = {"flops_per_token": executed, "useful_flops_per_token": useful}
+    if any(moe.router.ragged for moe in model.moes):
+        flops["flops_per_token_at_most"] = most
+    found |= {name: round(2 * (others + weights)) + attention for name, weights in flops.items()}
+    return found | (counts(model.moes[0], S) if layers else {})
 
 
-def executed(moe: MoE, seq_len: int) -> float:
-    """Expert rows that run per token."""
-    return moe.router.rows_per_token(seq_len)
+def expert_weights(moe: MoE, seq_len: int) -> tuple[int, float, float, float, float]:
+    """Weights of a layer's experts: held, and per token active, executed, useful, and executed at most."""
+    router, (own, padded) = moe.router, moe.experts.products()
+    rows, each, each_padded = router.rows_per_token(seq_len), sum(own) / len(own), sum(padded) / len(padded)
+    useful, most = min(router.active, rows), router.most_per_token() if router.ragged else rows
+    return sum(own), router.active * each, rows * each_padded, useful * each, most * each_padded
+
+
+def counts(moe: MoE, seq_len: int) -> dict[str, Any]:
+    """How many experts there are, and how many of them a token is concerned with."""
+    router, rows = moe.router, moe.router.rows_per_token(seq_len)
+    found = {"experts": moe.experts.num, "expert_widths": sorted(set(moe.experts.widths))}
+    found |= {"experts_chosen": router.k, "experts_active": router.active, "experts_executed": rows}
+    found |= {"experts_executed_at_most": router.most_per_token()} if router.ragged else {}
+    return found | {"executed_over_chosen": rows / router.k}

@@ -19,6 +19,7 @@ from moe_lab import plans
 from moe_lab.plans import Assignments, Mixture, Rows, best, shares
 from moe_lab.schedules import Curve
 from moe_lab.seeding import parameter
+from moe_lab.sizes import routed
 from moe_lab.slots import Slots
 from moe_lab.traits import Traits
 
@@ -208,6 +209,10 @@ class Router(nn.Module):
         """Rows that the experts run per token of sequences of this length."""
         return self.num_experts if self.every_expert else self.k
 
+    def most_per_token(self) -> int:
+        """Experts that a token can get."""
+        return self.num_experts if self.ragged else self.k
+
     def top_k(self, rank_TE: Tensor, gates_TE: Tensor, renormalise: bool = False) -> Assignments:
         """The k best-ranked experts of each token, weighted by their gate values (renormalised to sum to one)."""
         expert_TK = best(rank_TE, self.k)
@@ -273,9 +278,12 @@ class Router(nn.Module):
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         """Combinations that cannot work, one line each."""
-        E, k = cfg["experts"]["num"], node["k"]
+        E, k = routed(cfg)
         if k > E:
-            return [f"router.k={k}: at most experts.num={E} experts can be chosen"]
+            there = f"experts.num={cfg['experts']['num']}"
+            free = E // cfg["experts"]["granularity"] - cfg["experts"]["num"]
+            there += f" and {free} without a network" if free else ""
+            return [f"router.k={node['k']}: at most {there} can be chosen"]
         capacity = cfg["experts"]["capacity_factor"]
         if capacity is not None and (cls.every_expert or node.get("backward") == "dense"):
             return [

@@ -17,10 +17,13 @@ def generator(*key: int | str, device: str | torch.device = "cpu") -> torch.Gene
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
 
 
-def parameter(*shape: int, std: float) -> nn.Parameter:
-    """A parameter that `initialise` will fill with N(0, std^2); infinite std stands for ones (norm gains)."""
+def parameter(*shape: int, std: float | torch.Tensor, alike: float | None = None) -> nn.Parameter:
+    """A parameter that `initialise` will fill with N(0, std^2); infinite std stands for ones (norm gains).
+
+    alike: the slices of the first dimension start from one draw, plus independent ones of `alike` times the size.
+    """
     p = nn.Parameter(torch.empty(shape))
-    p.init_std = std  # pyright: ignore[reportAttributeAccessIssue]
+    p.init_std, p.init_alike = std, alike  # pyright: ignore[reportAttributeAccessIssue]
     return p
 
 
@@ -28,13 +31,15 @@ def parameter(*shape: int, std: float) -> nn.Parameter:
 def initialise(module: nn.Module, seed: int) -> None:
     """Fill every parameter from (seed, its name): equal names start equal, whatever else the model holds."""
     for name, p in module.named_parameters():
-        std: float = p.init_std  # pyright: ignore[reportAttributeAccessIssue]
-        if math.isinf(std):
-            p.fill_(1.0)
-        elif std == 0:
-            p.zero_()
-        else:
-            p.copy_(torch.randn(p.shape, generator=generator(seed, "init", name)) * std)
+        std: float | torch.Tensor = p.init_std  # pyright: ignore[reportAttributeAccessIssue]
+        alike: float | None = p.init_alike  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(std, float) and not 0 < std < math.inf:
+            p.fill_(1.0 if std else 0.0)
+            continue
+        draw = torch.randn(p.shape, generator=generator(seed, "init", name))
+        if alike is not None:
+            draw = torch.randn(p.shape[1:], generator=generator(seed, "init", name, "alike")) + alike * draw
+        p.copy_(draw * std)
 
 
 def noise(kind: str, shape: tuple[int, ...], *key: int | str) -> torch.Tensor:

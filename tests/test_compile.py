@@ -28,6 +28,8 @@ CASES = [(f"router={router}",) for router in ROUTERS] + [
     ),
     ("router=softmax_ste", "router.backward=dense", "experts=mlp", "experts.shared_experts=1"),
     ("router=sigmoid_topk", "balance=[loss_free]", "objective=mlm"),
+    ("router=topk", "experts.widths=[16,32]", "experts.granularity=2"),
+    ("router=topk", "experts.zero_experts=1", "experts.copy_experts=1", "experts.constant_experts=2"),
 ]
 
 

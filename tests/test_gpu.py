@@ -42,6 +42,10 @@ ROUTERS += [
     for noise in ("gaussian", "gumbel")
 ]
 ROUTERS += [("router=softmax_ste", "router.backward=dense"), ("experts=mlp", "experts.capacity_factor=1.0")]
+ROUTERS += [
+    ("router=topk", "experts.widths=[16,32]", "experts.granularity=2"),
+    ("router=topk", "experts.zero_experts=1", "experts.copy_experts=1", "experts.constant_experts=2"),
+]
 BALANCERS = sorted(path.stem for path in Path(CONF, "balance").glob("*.yaml"))
 NEEDS = {
     "load": "router=noisy_topk",

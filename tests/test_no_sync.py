@@ -42,6 +42,8 @@ OTHERS = [
     ),
     ("router=softmax_ste", "router.backward=dense"),
     ("experts=mlp", "experts.capacity_factor=1.25", "experts.shared_experts=1"),
+    ("experts.widths=[16,32]", "experts.granularity=2"),
+    ("experts.zero_experts=1", "experts.copy_experts=1", "experts.constant_experts=2", "experts.init=upcycled"),
     ("objective=mlm", "optim.accumulate=2"),
     ("balance=[switch]", "balance.switch.scope=sequence"),
     ("balance=[switch]", "balance.switch.scope=global_batch", "optim.accumulate=2"),

@@ -35,7 +35,8 @@ class ERC(Balancer):
         assert layer.moe is not None
         rows_ED, w_EFD = router_rows(layer.moe), layer.moe.experts.read_in_EFD()
         delta_ED = 1 + reach(rows_ED.detach()) * (2 * layer.draws["delta"] - 1)
-        answer_EE = torch.einsum("id,jfd->ijf", rows_ED * delta_ED, w_EFD).norm(dim=-1)
+        rows_ED = (rows_ED * delta_ED)[: len(w_EFD)]  # experts without a network answer nothing
+        answer_EE = torch.einsum("id,jfd->ijf", rows_ED, w_EFD).norm(dim=-1)
         own_E1 = self.alpha * answer_EE.diagonal()[:, None]
         above_EE = (answer_EE - own_E1).relu() + (answer_EE.T - own_E1).relu()
         above_EE = above_EE.masked_fill(torch.eye(len(rows_ED), dtype=torch.bool, device=rows_ED.device), 0)

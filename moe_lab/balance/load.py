@@ -11,6 +11,7 @@ from moe_lab.balance.scopes import LoadLoss, over_groups
 from moe_lab.config import option, registered
 from moe_lab.routing import Routing
 from moe_lab.schedules import Schedule, constant
+from moe_lab.sizes import routed
 
 
 @option("balance", "load")
@@ -40,10 +41,10 @@ class Load(LoadLoss):
         for name in cfg["balance"]:
             if registered("balance")[name].moves_bias:
                 return [f"balance.load: knows nothing of the bias that balance.{name} moves; take one of them"]
-        if router["k"] >= cfg["experts"]["num"]:
-            return [
-                f"balance.load: nothing to choose with router.k={router['k']} of experts.num={cfg['experts']['num']}"
-            ]
+        E, k = routed(cfg)
+        if k >= E:
+            asked = f"router.k={router['k']} of experts.num={cfg['experts']['num']}"
+            return [f"balance.load: nothing to choose with {asked}"]
         return []
 
 

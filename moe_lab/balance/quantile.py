@@ -10,6 +10,7 @@ from moe_lab.balance.base import Layer
 from moe_lab.balance.bias import MovesBias
 from moe_lab.config import option, registered
 from moe_lab.routing import Router, Routing
+from moe_lab.sizes import routed
 
 BINS = 1000
 
@@ -47,12 +48,13 @@ class Quantile(MovesBias):
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
-        k, E = cfg["router"]["k"], cfg["experts"]["num"]
+        asked = f"router.k={cfg['router']['k']} of experts.num={cfg['experts']['num']}"
+        E, k = routed(cfg)
         if found := super().conflicts(node, cfg):
             return found
         if registered("router")[cfg["router"]["name"]].merit is not Router.merit:
             return [f"balance.quantile: router={cfg['router']['name']} ranks by other values than gates of [0, 1]"]
-        return [f"balance.quantile: nothing to choose with router.k={k} of experts.num={E}"] if k >= E else []
+        return [f"balance.quantile: nothing to choose with {asked}"] if k >= E else []
 
 
 def bins(bias_E: Tensor) -> tuple[Tensor, Tensor]:

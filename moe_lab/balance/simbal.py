@@ -12,6 +12,7 @@ from moe_lab.config import option
 from moe_lab.model.moe import MoE
 from moe_lab.routing import Routing
 from moe_lab.schedules import Schedule, constant
+from moe_lab.sizes import routed
 
 
 @option("balance", "simbal")
@@ -42,9 +43,7 @@ class SimBal(Balancer):
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
-        E, dim = cfg["experts"]["num"], cfg["model"]["dim"]
+        (E, _), dim = routed(cfg), cfg["model"]["dim"]
         if node["orthogonal"] and dim < E:
-            return [
-                f"balance.simbal.orthogonal: experts.num={E} rows of model.dim={dim} cannot be; orthogonal=false can"
-            ]
+            return [f"balance.simbal.orthogonal: {E} rows of model.dim={dim} cannot be; orthogonal=false can"]
         return without_rows("simbal", cfg)

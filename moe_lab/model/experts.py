@@ -1,6 +1,7 @@
-"""Experts: stacked feed-forward networks and the ways to run them on rows sorted by expert.
+"""Experts: stacked feed-forward networks, and experts without one, on rows sorted by expert.
 
-Shapes: N rows sorted by expert, D width, F hidden, E experts, I input-side neurons (F, or 2F for gated experts).
+Shapes: N rows sorted by expert, D width, F hidden, E experts, G of them with a network, I input-side neurons (F, or 2F
+for gated experts).
 """
 
 import math
@@ -9,17 +10,21 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from moe_lab.config import option
+from moe_lab.config import option, registered, schema, shown
+from moe_lab.model.products import grouped, loop
+from moe_lab.model.weightless import Weightless
 from moe_lab.plans import Drop
 from moe_lab.schedules import Positive
 from moe_lab.seeding import parameter
+from moe_lab.sizes import repeated, split, usual_width
 
 PosInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
 Backend = Literal["auto", "grouped", "loop"]
 
 
@@ -38,12 +43,16 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """E networks of one shape. `forward(rows_ND, counts_E)` runs expert e on its own slice of the sorted rows.
+    """G networks, then experts without one. `forward(rows_ND, counts_E)` runs each on its own slice of the sorted rows.
 
     Rows behind the last expert's (dropped by capacity) come out undefined; the plan masks them.
+    num: experts, of which `networks` have a network and the last ones have none. widths: neurons of each network. Those
+    narrower than `width`, the widest, are padded with neurons of zeros, which compute nothing and get no gradient.
+    whole: the width of an expert before `granularity` splits it.
     """
 
     sides = 1  # input-side matrices: 1, or 2 for gated experts (gate first)
+    real_EF: Tensor | None  # False where a neuron is padding, None where none is
 
     def __init__(
         self,
@@ -52,20 +61,47 @@ class Experts(nn.Module):
         *,
         num: PosInt = 8,
         width: PosInt | None = None,
-        shared_experts: Annotated[int, Field(ge=0)] = 0,
+        widths: Annotated[list[PosInt], Field(min_length=1)] | None = None,
+        granularity: PosInt = 1,
+        shared_experts: Count = 0,
+        zero_experts: Count = 0,
+        copy_experts: Count = 0,
+        constant_experts: Count = 0,
+        init: Literal["independent", "upcycled"] = "independent",
+        init_noise: Annotated[float, Field(ge=0)] = 0.0,
         capacity_factor: Positive | None = None,
         drop: Drop = "position",
         backend: Backend = "auto",
     ):
         super().__init__()
-        width = width or usual_width(dim, self.sides)
-        self.num, self.width, self.backend = num, width, backend
-        self.shared_experts, self.capacity_factor = shared_experts, capacity_factor
+        g = granularity
+        self.whole = width or usual_width(dim, self.sides)
+        self.widths = [w // g for w in repeated(widths or [self.whole], num) for _ in range(g)]
+        self.networks, self.width = len(self.widths), max(self.widths)
+        free = [g * n for n in (zero_experts, copy_experts, constant_experts)]
+        self.weightless = Weightless(dim, *free) if any(free) else None
+        self.num, self.granularity = self.networks + sum(free), g
+        self.shared_experts, self.capacity_factor, self.backend = shared_experts, capacity_factor, backend
         self.drop: Drop = drop
+        std_in, std_out = self._spread(dim, depth)
+        alike = init_noise if init == "upcycled" else None
         # Input side by neuron, so that the gradient dh^T x of a CPU's product comes out in the order of its memory.
-        self.w_in_EID = parameter(num, self.sides * width, dim, std=dim**-0.5)
+        self.w_in_EID = parameter(self.networks, self.sides * self.width, dim, std=std_in, alike=alike)
+        self.w_out_EFD = parameter(self.networks, self.width, dim, std=std_out, alike=alike)
+        if self.real_EF is not None:  # a loss on the weights themselves would move what computes nothing
+            self.w_in_EID.register_hook(lambda grad_EID: grad_EID * self._real_EI1)
+            self.w_out_EFD.register_hook(lambda grad_EFD: grad_EFD * self._real_EF1)
+
+    def _spread(self, dim: int, depth: int) -> tuple[float | Tensor, float | Tensor]:
+        """Standard deviations that the weights start with, for each expert those of its own width; marks padding."""
+        self.register_buffer("real_EF", None, persistent=False)
         # Residual branches shrink with depth, so that the stream's variance does not grow with it (GPT-2).
-        self.w_out_EFD = parameter(num, width, dim, std=(2 * depth * width) ** -0.5)
+        std_in, std_out = dim**-0.5, (2 * depth * self.width) ** -0.5
+        if min(self.widths) == self.width:
+            return std_in, std_out
+        width_E11 = torch.tensor(self.widths)[:, None, None]
+        self.real_EF = torch.arange(self.width) < width_E11[:, 0]
+        return std_in * self._real_EI1, (2 * depth * width_E11) ** -0.5 * self._real_EF1
 
     @staticmethod
     def neurons(h_NI: Tensor) -> Tensor:
@@ -78,25 +114,71 @@ class Experts(nn.Module):
         return cls.neurons(h_NI)
 
     def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        if self.weightless is None:
+            return self._compute(rows_ND, counts_E)
+        place_N = owner(counts_E, len(rows_ND)) - self.networks
+        networks_N1, free_N1 = (place_N < 0)[:, None], ((place_N >= 0) & (place_N < self.weightless.num))[:, None]
+        # What the networks leave undefined behind their last row, and its gradient, are masked.
+        computed_ND = self._compute(rows_ND.where(networks_N1, 0), counts_E[: self.networks])
+        return computed_ND.where(networks_N1, self.weightless(rows_ND.where(free_N1, 0), place_N))
+
+    def _compute(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
         multiply = self._product(rows_ND)
         h_NI = multiply(rows_ND, self.w_in_EID.transpose(1, 2), counts_E)
         return multiply(self.activate(h_NI), self.w_out_EFD, counts_E)
 
     def hidden(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
-        """Activations of the input-side neurons, [N, F]."""
-        return self.neurons(self._product(rows_ND)(rows_ND, self.w_in_EID.transpose(1, 2), counts_E))
+        """Activations of the input-side neurons, [N, F]; undefined where an expert has no network, 0 in padding."""
+        multiply = self._product(rows_ND)
+        return self.neurons(multiply(rows_ND, self.w_in_EID.transpose(1, 2), counts_E[: self.networks]))
+
+    def mean_activation(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Mean of `hidden` over the neurons of the row's expert, fp64 [N]; NaN where it has none."""
+        none = [math.nan] * (self.num - self.networks + 1)  # the last: of rows behind the last expert's
+        width_E = torch.tensor([*self.widths, *none], dtype=torch.float64, device=rows_ND.device)
+        return self.hidden(rows_ND, counts_E).double().sum(-1) / width_E[owner(counts_E, len(rows_ND))]
 
     def read_in_EFD(self) -> Tensor:
-        """Each expert's input-side rows (the gate's for gated experts), [E, F, D]."""
+        """Each network's input-side rows (the gate's for gated experts), [G, F, D]."""
         return self.w_in_EID[:, : self.width]
+
+    def products(self) -> tuple[list[int], list[int]]:
+        """Weights of each expert that meet one of its rows, without padding; and all that are multiplied with it."""
+        each = (self.sides + 1) * self.w_in_EID.shape[2]
+        free = [] if self.weightless is None else self.weightless.products()
+        useful = [each * width for width in self.widths] + free
+        return useful, [each * self.width + sum(free)] * self.networks + [sum(free)] * len(free)
+
+    @property
+    def _real_EF1(self) -> Tensor:
+        assert self.real_EF is not None
+        return self.real_EF[:, :, None]
+
+    @property
+    def _real_EI1(self) -> Tensor:
+        return self._real_EF1.repeat(1, self.sides, 1)
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
-        sizes = {"experts.width": node["width"] or 8, "model.dim": cfg["model"]["dim"]}
-        odd = [f"{name}={size}" for name, size in sizes.items() if size % 8]
-        if node["backend"] == "grouped" and odd:
-            return [f"{', '.join(odd)}: experts.backend=grouped needs multiples of 8; experts.backend=auto takes any"]
-        return []
+        g, dim, widths = node["granularity"], cfg["model"]["dim"], node["widths"]
+        whole = node["width"] or usual_width(dim, cls.sides)
+        said, each = (f"experts.widths={shown(widths)}", widths) if widths else (f"experts.width={whole}", [whole])
+        found = []
+        if node["num"] % len(each):
+            found.append(f"{said}: experts.num={node['num']} must hold this pattern a whole number of times")
+        if any(width % g for width in each):
+            found.append(f"experts.granularity={g}: must divide {said}")
+        elif node["backend"] == "grouped" and (max(each) // g % 8 or dim % 8):
+            split = f" over experts.granularity={g}" if g > 1 else ""
+            odd = [f"{said}{split}"] * bool(max(each) // g % 8) + [f"model.dim={dim}"] * bool(dim % 8)
+            found.append(
+                f"{', '.join(odd)}: experts.backend=grouped needs multiples of 8; experts.backend=auto takes any"
+            )
+        if node["init"] == "upcycled" and len(set(each)) > 1:
+            found.append(f"experts.init=upcycled: {said} differ, but copies of one dense layer are equally wide")
+        if node["init"] == "independent" and node["init_noise"]:
+            found.append(f"experts.init_noise={node['init_noise']}: is added to copies; say experts.init=upcycled")
+        return found + (_refused_split(cfg) if g > 1 else [])
 
     def _product(self, rows_ND: Tensor):
         """grouped_mm has no fp64 and needs rows of whole 16 bytes (torch 2.13)."""
@@ -106,83 +188,26 @@ class Experts(nn.Module):
         return {"grouped": grouped, "loop": loop}[self.backend]
 
 
-def usual_width(dim: int, sides: int) -> int:
-    """4 dim, or 8/3 dim for gated experts, which hold as many parameters with three matrices; whole 16s."""
-    return 16 * math.ceil(8 * dim / (1 + sides) / 16)
+def _refused_split(cfg: Mapping[str, Any]) -> list[str]:
+    """What router and explorers have against the choice that runs, and not against the one that is asked for."""
+    fine, g, router = split(cfg), cfg["experts"]["granularity"], cfg["router"]
+    try:
+        options = {key: value for key, value in fine["router"].items() if key != "name"}
+        schema(registered("router")[router["name"]]).model_validate(options)
+    except ValidationError:
+        return [f"experts.granularity={g}: router={router['name']} takes no k={fine['router']['k']}"]
+    found = []
+    nodes = [("router", router, fine["router"]), *(("explore", node, node) for node in cfg["explore"].values())]
+    for group, asked, runs in nodes:
+        conflicts = getattr(registered(group)[asked["name"]], "conflicts", None)
+        if conflicts and not conflicts(asked, cfg):
+            found += [f"experts.granularity={g}: {line}" for line in conflicts(runs, fine)]
+    return found
 
 
-class _Grouped(Function):
-    """rows [N, X] times each expert's matrix [E, X, Y]. The cast of the weights is repeated in backward, not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_NX: Tensor, w_EXY: Tensor, ends_E: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_NX, w_EXY, ends_E)
-        return F.grouped_mm(rows_NX, w_EXY.to(rows_NX.dtype), offs=ends_E)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NY: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows_NX, w_EXY, ends_E = ctx.saved_tensors
-        grad_NY = grad_NY.contiguous()  # an expanded gradient has no strides that grouped_mm takes
-        grad_NX = F.grouped_mm(grad_NY, w_EXY.to(grad_NY.dtype).transpose(1, 2), offs=ends_E)
-        if w_EXY.stride(1) == 1:  # stored by neuron: so is its gradient
-            grad_EXY = F.grouped_mm(grad_NY.t(), rows_NX, offs=ends_E).transpose(1, 2)
-        else:
-            grad_EXY = F.grouped_mm(rows_NX.t(), grad_NY, offs=ends_E)
-        return grad_NX, grad_EXY.to(w_EXY.dtype), None
-
-
-class _CastGrouped(Function):
-    """The same where weights are cast on a CPU: one expert's at a time, so that the cast and the gradient before its
-    own cast stay in the cache, instead of streaming those of all experts through memory."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_NX: Tensor, w_EXY: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(rows_NX, w_EXY)
-        ctx.counts = [*counts, rows_NX.shape[0] - sum(counts)]  # the last: rows behind the last expert's
-        out_NY = rows_NX.new_empty(rows_NX.shape[0], w_EXY.shape[2])
-        cast_XY = torch.empty_like(w_EXY[0], dtype=rows_NX.dtype)
-        for rows, out, w_XY in zip(*_by_expert(ctx.counts, rows_NX, out_NY), w_EXY, strict=False):
-            torch.mm(rows, cast_XY.copy_(w_XY), out=out)
-        return out_NY
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NY: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows_NX, w_EXY = ctx.saved_tensors
-        grad_NX, grad_EXY = torch.empty_like(rows_NX), torch.empty_like(w_EXY)
-        cast_XY = torch.empty_like(w_EXY[0], dtype=rows_NX.dtype)
-        parts = _by_expert(ctx.counts, rows_NX, grad_NY.contiguous(), grad_NX)
-        for rows, grad, grad_rows, w_XY, grad_w in zip(*parts, w_EXY, grad_EXY, strict=False):
-            torch.mm(grad, cast_XY.copy_(w_XY).t(), out=grad_rows)
-            if cast_XY.stride(0) == 1:  # stored by neuron
-                torch.mm(grad.t(), rows, out=cast_XY.t())
-            else:
-                torch.mm(rows.t(), grad, out=cast_XY)
-            grad_w.copy_(cast_XY)
-        return grad_NX, grad_EXY, None
-
-
-def _by_expert(counts: list[int], *sorted_N: Tensor) -> list[tuple[Tensor, ...]]:
-    return [t.split(counts) for t in sorted_N]
-
-
-def grouped(rows_NX: Tensor, w_EXY: Tensor, counts_E: Tensor) -> Tensor:
-    """One grouped product for all experts, without a host sync (CUDA: bf16 on SM90+)."""
-    casts = rows_NX.dtype != w_EXY.dtype
-    if casts and rows_NX.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _CastGrouped.apply(rows_NX, w_EXY, counts_E.tolist())  # pyright: ignore
-    ends_E = counts_E.cumsum(0).int()  # cast last: inductor forgets the dtype of a constant's cumsum (torch 2.13)
-    return _Grouped.apply(rows_NX, w_EXY, ends_E)  # pyright: ignore
-
-
-def loop(rows_NX: Tensor, w_EXY: Tensor, counts_E: Tensor) -> Tensor:
-    """The oracle: a product per expert; any dtype and size. Unbind once: `w[e]` would cost a full gradient each."""
-    counts = counts_E.tolist()
-    rest = rows_NX.shape[0] - sum(counts)
-    parts = rows_NX.split([*counts, rest])
-    outs = [part @ w.to(rows_NX.dtype) for part, w in zip(parts, w_EXY.unbind(0), strict=False)]
-    return torch.cat([*outs, rows_NX.new_zeros(rest, w_EXY.shape[2])])
+def owner(counts_E: Tensor, rows: int) -> Tensor:
+    """The expert of each of so many sorted rows, [N]; E behind the last expert's."""
+    return torch.searchsorted(counts_E.cumsum(0), torch.arange(rows, device=counts_E.device), right=True)
 
 
 @option("experts", "mlp")

@@ -20,8 +20,8 @@ class MoE(nn.Module):
     def __init__(self, router: Router, experts: Experts, depth: int):
         super().__init__()
         self.router, self.experts = router, experts
-        n = experts.shared_experts
-        self.shared = FeedForward(router.dim, n * experts.width, type(experts), depth) if n else None
+        width = experts.shared_experts * experts.whole
+        self.shared = FeedForward(router.dim, width, type(experts), depth) if width else None
         self.register_buffer("bias_E", torch.zeros(experts.num))
 
     def forward(self, x_TD: Tensor, ctx: Context) -> tuple[Tensor, Routing]:

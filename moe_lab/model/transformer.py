@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from moe_lab.config import build, option, registered
-from moe_lab.model.experts import FeedForward, usual_width
+from moe_lab.config import build, option, registered, schema
+from moe_lab.model.experts import FeedForward
 from moe_lab.model.moe import MoE
 from moe_lab.routing import Context, Routing
 from moe_lab.seeding import parameter
+from moe_lab.sizes import routed, usual_width
 
 PosInt = Annotated[int, Field(ge=1)]
 MOST_WEIGHTS = 10**11
@@ -141,7 +142,7 @@ class Transformer(nn.Module):
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         found = []
-        if (many := _weights(node, cfg["experts"])) > MOST_WEIGHTS:
+        if (many := _weights(cfg)) > MOST_WEIGHTS:
             found.append(f"model and experts: {many:.1e} weights fit no machine; make model.dim or experts.num smaller")
         if node["dim"] % (2 * node["heads"]):
             found.append(
@@ -155,12 +156,14 @@ class Transformer(nn.Module):
         return found
 
 
-def _weights(model: Mapping[str, Any], experts: Mapping[str, Any]) -> int:
+def _weights(cfg: Mapping[str, Any]) -> int:
     """About how many a model has, embeddings apart."""
+    model, experts = cfg["model"], cfg["experts"]
     dim, kind = model["dim"], registered("experts")[experts["name"]]
-    width = experts["width"] or usual_width(dim, kind.sides)
-    sparse = model["layers"] // model["moe_every"] * (experts["num"] + experts["shared_experts"])
-    return 4 * model["layers"] * dim**2 + (model["layers"] + sparse) * (kind.sides + 1) * dim * width
+    width = max(experts["widths"] or [experts["width"] or usual_width(dim, kind.sides)])
+    sparse, (E, _) = model["layers"] // model["moe_every"], routed(cfg)
+    networks = model["layers"] + sparse * (experts["num"] + experts["shared_experts"])
+    return 4 * model["layers"] * dim**2 + sparse * E * dim + networks * (kind.sides + 1) * dim * width
 
 
 def _feed(
@@ -169,8 +172,16 @@ def _feed(
     """A MoE layer, or a dense network: as wide as one expert, or as what one token uses where it stands for the MoE."""
     bank = build("experts", experts, dim, depth)
     if not sparse:  # between the MoE layers; the same whatever the router
-        return FeedForward(dim, bank.width, type(bank), depth)
-    gate = build("router", router, dim, bank.num)
+        return FeedForward(dim, bank.whole, type(bank), depth)
+    gate = build("router", finer(router, bank.granularity), dim, bank.num)
     if moe:
         return MoE(gate, bank, depth)
-    return FeedForward(dim, (gate.active + bank.shared_experts) * bank.width, type(bank), depth)
+    mean_width = sum(bank.widths) / bank.num  # of what is chosen at even load
+    width = round(gate.active * mean_width) + bank.shared_experts * bank.whole
+    return FeedForward(dim, width, type(bank), depth)
+
+
+def finer(router: Mapping[str, Any], granularity: int) -> Mapping[str, Any]:
+    """The router's node with `granularity` times the choices."""
+    k = router.get("k", schema(registered("router")[router["name"]]).model_fields["k"].default)
+    return {**router, "k": granularity * k}

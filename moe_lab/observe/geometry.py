@@ -34,18 +34,20 @@ def mean_of(x: Tensor, keep: Tensor) -> Tensor:
     return x.masked_fill(~keep, 0).sum((-2, -1)) / keep.sum((-2, -1))
 
 
-def coupling(router_ED: Tensor, read_in_EFD: Tensor) -> dict[str, Tensor]:
+def coupling(router_ED: Tensor, read_in_EFD: Tensor, real_EF: Tensor | None = None) -> dict[str, Tensor]:
     """Cosines of every router row with every input-side neuron, averaged over the neurons of an expert: 0-dim each.
 
+    real_EF: False where a neuron is padding, which does not count; None where none is.
     In fp32, unless the weights are fp64: each mean is over many cosines, and the products are most of a row's cost.
     """
     rows_ED = unit(router_ED).to(read_in_EFD.dtype)
     G, F, D = read_in_EFD.shape
     at_once = max(1, MOST_COSINES // (G * F))  # experts; the table of all cosines of a wide layer would not fit
     signed_GE, absolute_GE = [], []
-    for neurons_GFD in read_in_EFD.split(at_once):
-        product_GFE = neurons_GFD @ rows_ED.T
-        weight_G1F = 1 / (F * torch.linalg.vector_norm(neurons_GFD, dim=-1)[:, None])  # a neuron of zeros gives NaN
+    norm_EF = torch.linalg.vector_norm(read_in_EFD, dim=-1)  # a neuron of zeros gives NaN
+    weight_EF = 1 / (F * norm_EF) if real_EF is None else real_EF / (real_EF.sum(1, keepdim=True) * norm_EF + ~real_EF)
+    for neurons_GFD, weight_GF in zip(read_in_EFD.split(at_once), weight_EF.split(at_once), strict=True):
+        product_GFE, weight_G1F = neurons_GFD @ rows_ED.T, weight_GF[:, None]
         signed_GE.append((weight_G1F @ product_GFE)[:, 0])
         absolute_GE.append((weight_G1F @ product_GFE.abs_())[:, 0])
     same_EE = torch.eye(G, dtype=torch.bool, device=router_ED.device)

@@ -58,8 +58,9 @@ class Probe:
             return {}
         found = {}
         pairs = list(zip(torch.cat(self.scores, 1), torch.cat(self.activations, 1), strict=True))
+        pairs = [(z_N[None, known_N], a_N[None, known_N]) for z_N, a_N in pairs for known_N in [~(z_N + a_N).isnan()]]
         for name, of in {"pearson": geometry.pearson, "spearman": geometry.spearman}.items():
-            layers = [of(z_N[None, ~z_N.isnan()], a_N[None, ~z_N.isnan()])[0] for z_N, a_N in pairs]
+            layers = [of(z_1N, a_1N)[0] for z_1N, a_1N in pairs]
             found[f"score_act_{name}"] = torch.stack(layers)
         choices_LTK, before = torch.cat(self.choices, 1), self.before_LTK
         unknown_L = torch.full((len(self.moes),), math.nan, device=choices_LTK.device)
@@ -77,12 +78,11 @@ class Probe:
 
 
 def mean_activation(moe: MoE, x_TD: Tensor, selected_TK: Tensor) -> Tensor:
-    """Mean over neurons of the input-side activations of each (token, chosen expert), [T * K] in token order;
-    undefined where there is no choice."""
+    """Mean over neurons of the input-side activations of each (token, chosen expert), [T * K] in token order; NaN where
+    there is no choice, or where it has no neurons."""
     K = selected_TK.shape[1]
     key_N = selected_TK.flatten()
     order_N = key_N.argsort(stable=True)
-    hidden_NF = moe.experts.hidden(x_TD[order_N // K], count(key_N, moe.experts.num + 1)[:-1])
     mean_N = torch.empty(len(key_N), dtype=torch.float64, device=x_TD.device)
-    mean_N[order_N] = hidden_NF.double().mean(-1)
+    mean_N[order_N] = moe.experts.mean_activation(x_TD[order_N // K], count(key_N, moe.experts.num + 1)[:-1])
     return mean_N

@@ -165,11 +165,11 @@ class Recorder:
 
 
 def layer_coupling(moe: MoE) -> dict[str, Tensor]:
-    """Coupling of one layer; NaN throughout for a router without directions."""
-    read_in_EFD, router_ED = moe.experts.read_in_EFD(), moe.router.directions_ED()
+    """Coupling of one layer's networks; NaN throughout for a router without directions."""
+    experts, router_ED = moe.experts, moe.router.directions_ED()
     if router_ED is None:
-        router_ED = torch.full((moe.experts.num, moe.router.dim), math.nan, device=read_in_EFD.device)
-    return geometry.coupling(router_ED, read_in_EFD)
+        router_ED = torch.full((experts.num, moe.router.dim), math.nan, device=experts.w_in_EID.device)
+    return geometry.coupling(router_ED[: experts.networks], experts.read_in_EFD(), experts.real_EF)
 
 
 def to_host(found: dict[str, Tensor]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lab.config import option
 from moe_lab.routing import Choices, Context, Plan, Rows, Scored, Traits
+from moe_lab.sizes import routed
 
 Group = Literal["sequence", "micro_batch"]
 
@@ -60,11 +61,11 @@ class ExpertChoice(Scored):
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
-        found, E, limit = super().conflicts(node, cfg), cfg["experts"]["num"], cfg["experts"]["capacity_factor"]
-        if not found and node["capacity"] * node["k"] > E:
+        found, limit, (E, k) = super().conflicts(node, cfg), cfg["experts"]["capacity_factor"], routed(cfg)
+        if not found and node["capacity"] * k > E:
             found.append(
-                f"router.capacity={node['capacity']:g}: at most {E / node['k']:g} with router.k={node['k']} of "
-                f"experts.num={E}; then each expert takes all tokens"
+                f"router.capacity={node['capacity']:g}: at most {E / k:g} with router.k={node['k']} of "
+                f"experts.num={cfg['experts']['num']}; then each expert takes all tokens"
             )
         if limit is not None:
             found.append(

@@ -35,6 +35,9 @@ class TopP(Gated):
         super().__init__(dim, num_experts, k=k, **common)
         self.p, self.most = p, min(most or num_experts, num_experts)
 
+    def most_per_token(self) -> int:
+        return self.most
+
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         expert_TK = best(rank_TE, self.most)
         mass_TK = self._mass(rank_TE, ctx).gather(1, expert_TK)

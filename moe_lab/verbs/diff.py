@@ -59,6 +59,7 @@ OUTCOME: dict[str, Callable[[Recorded], Any]] = {
     "parameters": lambda run: run.summary.get("cost", {}).get("params"),
     "active parameters": lambda run: run.summary.get("cost", {}).get("active_params"),
     "FLOPs per token": lambda run: run.summary.get("cost", {}).get("flops_per_token"),
+    "useful FLOPs per token": lambda run: run.summary.get("cost", {}).get("useful_flops_per_token"),
     "tokens/s (median)": lambda run: _median([t["tokens_per_s"] for t in run.timing if t.get("tokens_per_s")]),
     "seconds": lambda run: run.summary.get("wall_s"),
 }

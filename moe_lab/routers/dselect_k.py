@@ -1,6 +1,8 @@
 """DSelect-k: a differentiable choice by binary codes."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from moe_lab.config import option
 from moe_lab.plans import Mixture, best, shares
-from moe_lab.routing import Choices, Context, Router, Routing
+from moe_lab.routing import Choices, Context, Router, Routing, Traits
 from moe_lab.seeding import parameter
 
 
@@ -67,6 +69,10 @@ class DSelectK(Router):
             code_TKC = torch.stack([code_TKC * (1 - step_TK[..., None]), code_TKC * step_TK[..., None]], -1).flatten(-2)
         each_TKE = code_TKC[..., : self.num_experts]
         return each_TKE, (a_TK.softmax(-1)[..., None] * each_TKE).sum(1)
+
+    @classmethod
+    def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
+        return replace(super().traits(node, E), rows="shared")
 
     def objective(self, routing: Routing, loss_T: Tensor, counted_T: Tensor) -> Tensor:
         return self.entropy * routing.extra["entropy_T"].mean() + routing.extra["unreachable_T"].mean()

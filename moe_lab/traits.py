@@ -7,7 +7,8 @@ from typing import Literal
 @dataclass(frozen=True, kw_only=True)
 class Traits:
     """live: the task loss (or the router's own objective) reaches its parameters; None where it has none.
-    rows: which router rows a token sends a task gradient to: those of its experts, all, or none.
+    rows: which router rows a token sends a task gradient to: those of its experts, all, or none; shared: rows are not
+    those of one expert.
     causal: changing later tokens changes no earlier output. batch_independent: other sequences change nothing.
     stochastic: two draws in training, two choices; every router is deterministic in evaluation.
     dropless: without a capacity every token gets the experts it chose. static_shapes: row counts do not depend on data.
@@ -15,7 +16,7 @@ class Traits:
     """
 
     live: bool | None = True
-    rows: Literal["selected", "all", "none"] = "all"
+    rows: Literal["selected", "all", "none", "shared"] = "all"
     causal: bool = True
     batch_independent: bool = True
     stochastic: bool = False

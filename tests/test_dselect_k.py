@@ -54,9 +54,9 @@ def test_values_and_gradients_are_those_of_the_formula(E: int, k: int, width: fl
 
 @pytest.mark.parametrize(("E", "k"), [(8, 2), (6, 2), (5, 1), (1, 1)])
 def test_the_objective_is_the_entropy_of_selectors_and_what_codes_of_no_expert_take(E: int, k: int):
-    node = preset("router", "dselect_k", k=k, width=6.0, entropy=0.3)
+    node = preset("router", "dselect_k", k=k, width=6.0)
     router, x_TD = make_router(node, D, E), randn(T, D)
-    routing = router(x_TD, context())
+    routing = router(x_TD, context(strengths={"entropy": torch.tensor(0.3).double()}))
     got = router.objective(routing, torch.zeros(T), torch.ones(T))
     expected = torch.zeros(()).double()
     for z, _ in by_hand(router, x_TD, k, E):
@@ -73,16 +73,16 @@ def test_the_objective_is_the_entropy_of_selectors_and_what_codes_of_no_expert_t
 def test_undecided_and_settled():
     """z = 0: each expert weighs 1/E, the entropy is k log E. z beyond the step: one-hot, no entropy, no gradient."""
     E, k = 8, 2
-    router, x_TD = make_router(preset("router", "dselect_k", k=k, entropy=1.0), D, E), torch.ones(1, D).double()
+    router, x_TD = make_router(preset("router", "dselect_k", k=k), D, E), torch.ones(1, D).double()
     code, zeros = router.get_parameter("digit_PD"), torch.zeros(1)
 
     def at(*z: float) -> tuple[Tensor, float]:
         with torch.no_grad():
             code.copy_(torch.tensor(z)[:, None] / D)
-        routing = router(x_TD, context())
+        routing = router(x_TD, context(strengths={"entropy": torch.ones(())}))
         own = router.objective(routing, zeros, zeros)
         assert own is not None
-        return dense_weights(routing.plan)[0], float(own)
+        return dense_weights(routing.plan)[0], float(own.detach())
 
     weight_E, entropy = at(0, 0, 0, 0, 0, 0)
     torch.testing.assert_close(weight_E, torch.full((E,), 1 / E).double())

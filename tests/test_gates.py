@@ -191,7 +191,20 @@ def test_deepseek_v3_is_a_normalised_sigmoid_among_the_chosen(options: dict[str,
     close({"weights": (weight_TE, their_TE), "gradient": (gradient, grad(theirs.weight))}, FP32)
 
 
-SCORED = ["dense", "noisy_topk", "sigmoid_topk", "softmax_ste", "switch", "topk", "top_p", "cosine", "lpr"]
+SCORED = [
+    "dense",
+    "noisy_topk",
+    "sigmoid_topk",
+    "softmax_ste",
+    "switch",
+    "topk",
+    "top_p",
+    "cosine",
+    "lpr",
+    "base",
+    "sinkhorn",
+    "expert_choice",
+]
 
 
 @pytest.mark.parametrize("name", SCORED)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import CONF, context, make_moe, norm, preset, randn
+from layers import CONF, context, fits, make_moe, norm, preset, randn
 from torch import Tensor
 
 from moe_lab import seeding
@@ -44,6 +44,8 @@ def cases() -> list[Any]:
         axes = {name: values for name, values in AXES.items() if name in node}
         for values in itertools.product(*axes.values()):
             changes = dict(zip(axes, values, strict=True))
+            if not fits("router", node | changes):
+                continue
             label = "-".join([file.stem, *(f"{name}={value}" for name, value in changes.items())])
             found.append(pytest.param(node | changes, id=label))
     return found
@@ -82,8 +84,10 @@ def built(node: dict[str, Any]) -> MoE:
     return moe
 
 
-def run(moe: MoE, x_TD: Tensor, ids_T: Tensor, *key: int | str, training: bool) -> tuple[Tensor, Routing]:
-    ctx: Context = context(seq_len=S, ids_T=ids_T, **drawn(moe, *key, training=training))
+def run(
+    moe: MoE, x_TD: Tensor, ids_T: Tensor, *key: int | str, training: bool, seq_len: int = S
+) -> tuple[Tensor, Routing]:
+    ctx: Context = context(seq_len=seq_len, ids_T=ids_T, **drawn(moe, *key, training=training))
     return moe(x_TD, ctx)
 
 
@@ -125,7 +129,7 @@ def test_rows(node: dict[str, Any]) -> None:
         gradient = gradient if found is None else found
     reached = {e for e in range(E) if abs(float(gradient[t, e])) > 1e-12}
     experts = {e for e in routing.plan.selected_TK[t].tolist() if e < E}
-    expected = {"selected": experts, "all": set(range(E)), "none": set()}[declared(node).rows]
+    expected = {"selected": experts, "all": set(range(E)), "none": set(), "shared": set()}[declared(node).rows]
     assert reached == (set() if declared(node).live is False else expected)
 
 
@@ -193,13 +197,16 @@ def test_static_shapes(node: dict[str, Any]) -> None:
 
 @every
 def test_flops(node: dict[str, Any]) -> None:
+    """For any tokens, of any size, in sequences of any length."""
     moe, (x_TD, ids_T) = built(node), tokens()
-    rows = [int(run(moe, scale * x_TD, ids_T, training=True)[1].plan.counts_E.sum()) for scale in (0.3, 1.0, 3.0)]
+    tried = ((0.3 * x_TD, S), (x_TD, S), (3 * x_TD, S), (x_TD.flip(1), S), (x_TD, S // 2))
+    plans = [run(moe, x, ids_T, training=True, seq_len=seq_len)[1].plan for x, seq_len in tried]
+    rows = [int(plan.counts_E.sum()) for plan in plans]
     flops = declared(node).flops
     if flops is None:
         assert len(set(rows)) > 1
     else:
-        assert rows == [round(flops * T * node["k"])] * 3
+        assert rows == [round(flops * T * node["k"])] * len(plans)
 
 
 def test_a_wrong_trait_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,8 @@ class Base(Balanced):
     linear_sum_assignment, which finds the best on the host, took 160 to 2900 ms. For 64 experts: up to 0.4 %, 60 ms.
     """
 
-    def __init__(self, dim: int, num_experts: int, *, k: Annotated[int, Field(ge=1, le=1)] = 1):
-        super().__init__(dim, num_experts, k=k)
+    def __init__(self, dim: int, num_experts: int, *, k: Annotated[int, Field(ge=1, le=1)] = 1, **common: Any):
+        super().__init__(dim, num_experts, k=k, **common)
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         if not ctx.training:
@@ -61,8 +61,10 @@ class Sinkhorn(Balanced):
     largest entries, so loads are near to even, never exactly.
     """
 
-    def __init__(self, dim: int, num_experts: int, *, k: Choices = 1, iterations: Annotated[int, Field(ge=1)] = 8):
-        super().__init__(dim, num_experts, k=k)
+    def __init__(
+        self, dim: int, num_experts: int, *, k: Choices = 1, iterations: Annotated[int, Field(ge=1)] = 8, **common: Any
+    ):
+        super().__init__(dim, num_experts, k=k, **common)
         self.iterations = iterations
 
     def gate(self, logits_TE: Tensor) -> Tensor:

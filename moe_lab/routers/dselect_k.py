@@ -1,6 +1,8 @@
 """DSelect-k: a differentiable choice by binary codes."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ from torch import Tensor
 
 from moe_lab.config import option
 from moe_lab.plans import Mixture, best, shares
-from moe_lab.routing import Choices, Context, Router, Routing
+from moe_lab.routing import Choices, Context, Router, Routing, Traits
+from moe_lab.schedules import Schedule, constant
 from moe_lab.seeding import parameter
 
 
@@ -38,10 +41,10 @@ class DSelectK(Router):
         *,
         k: Choices = 2,
         width: Annotated[float, Field(gt=0)] = 1.0,
-        entropy: Annotated[float, Field(ge=0)] = 0.001,
+        entropy: Schedule = constant(0.001),
     ):
         super().__init__(dim, num_experts, k=k)
-        self.width, self.entropy = width, entropy
+        self.width, self.curves = width, {"entropy": entropy}
         self.digits = (num_experts - 1).bit_length()
         # The spread of the authors' uniform distributions, on [-width / 100, width / 100] and [-0.05, 0.05].
         self.digit_PD = parameter(k * self.digits, dim, std=width / 100 / 3**0.5)
@@ -55,6 +58,7 @@ class DSelectK(Router):
         clean_TE = self._weights(z_TKJ, a_TK)[1]
         extra = {
             "entropy_T": -(chosen_TKE * (chosen_TKE + 1e-6).log()).sum((1, 2)),
+            "entropy_weight": ctx.strengths.get("entropy", x_TD.new_zeros(())),
             "unreachable_T": (1 / chosen_TKE.sum(-1).clamp_min(1e-3) - 1).sum(1),
         }
         plan = Mixture(chosen_TE, best(clean_TE.detach(), self.k))
@@ -68,8 +72,13 @@ class DSelectK(Router):
         each_TKE = code_TKC[..., : self.num_experts]
         return each_TKE, (a_TK.softmax(-1)[..., None] * each_TKE).sum(1)
 
+    @classmethod
+    def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
+        return replace(super().traits(node, E), rows="shared")
+
     def objective(self, routing: Routing, loss_T: Tensor, counted_T: Tensor) -> Tensor:
-        return self.entropy * routing.extra["entropy_T"].mean() + routing.extra["unreachable_T"].mean()
+        extra = routing.extra
+        return extra["entropy_weight"] * extra["entropy_T"].mean() + extra["unreachable_T"].mean()
 
 
 def smooth_step(z: Tensor) -> Tensor:

@@ -34,8 +34,9 @@ class ExpertChoice(Scored):
         k: Choices = 2,
         capacity: Annotated[float, Field(gt=0)] = 1.0,
         group: Group = "sequence",
+        **common: Any,
     ):
-        super().__init__(dim, num_experts, k=k)
+        super().__init__(dim, num_experts, k=k, **common)
         self.capacity, self.group = capacity, group
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:

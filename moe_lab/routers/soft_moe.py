@@ -57,7 +57,9 @@ class SoftMoE(Router):
 
     def route(self, x_TD: Tensor, ctx: Context) -> Routing:
         logits_TP = F.linear(unit(x_TD), self.scale_1 * unit(self.phi_PD))
-        logits_TE = logits_TP.unflatten(1, (self.num_experts, -1)).logsumexp(-1)
+        logits_TE = logits_TP
+        if len(self.phi_PD) > self.num_experts:
+            logits_TE = logits_TP.unflatten(1, (self.num_experts, -1)).logsumexp(-1)
         sharp_TP = logits_TP / ctx.knobs.temperature
         S = ctx.seq_len or len(x_TD)
         mix: Mix = {"none": whole, "blocks": before(self.block), "prefix": running}[self.causal]

@@ -192,12 +192,13 @@ def test_static_shapes(node: dict[str, Any]) -> None:
 @every
 def test_flops(node: dict[str, Any]) -> None:
     moe, (x_TD, ids_T) = built(node), tokens()
-    rows = [int(run(moe, scale * x_TD, ids_T, training=True)[1].plan.counts_E.sum()) for scale in (0.3, 1.0, 3.0)]
+    scales = (0.3, 1.0, 3.0, -1.0)  # top_p hears of the size, relu of the sign
+    rows = [int(run(moe, scale * x_TD, ids_T, training=True)[1].plan.counts_E.sum()) for scale in scales]
     flops = declared(node).flops
     if flops is None:
         assert len(set(rows)) > 1
     else:
-        assert rows == [round(flops * T * node["k"])] * 3
+        assert rows == [round(flops * T * node["k"])] * len(scales)
 
 
 def test_a_wrong_trait_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

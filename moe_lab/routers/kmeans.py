@@ -89,7 +89,7 @@ class KMeans(Router):
 
 
 def distinct(x_TD: Tensor, n: int, farthest: bool) -> list[int]:
-    """n tokens that point in different directions, the first of them spread over the batch by the golden ratio.
+    """n tokens that point in different directions, at positions that the golden ratio spreads over the batch.
 
     farthest: after the first, always the token whose largest cosine with those taken is smallest (K-means++ without
     chance). Where there are fewer directions than n, tokens repeat.
@@ -97,11 +97,13 @@ def distinct(x_TD: Tensor, n: int, farthest: bool) -> list[int]:
     T, unit_TD = x_TD.shape[0], F.normalize(x_TD.double(), dim=-1)
     ratio = (math.sqrt(5) - 1) / 2
     order = [int(T * math.fmod(i * ratio, 1)) for i in range(1, 20 * T + 1)]
-    taken = [order[0]]
-    near_T = unit_TD @ unit_TD[order[0]]
+    taken: list[int] = []
+    near_T = torch.full_like(unit_TD[:, 0], -1.0)  # the largest cosine with those taken
     while len(taken) < n:
-        fresh = [] if farthest else (near_T < 1 - 1e-6).tolist()
-        spread = next((t for t in order if fresh[t]), None) if fresh else None
-        taken.append(int(near_T.argmin()) if spread is None else spread)
+        new_T = (near_T < 1 - 1e-6).tolist()
+        token = next((t for t in order if new_T[t]), None)
+        if token is None or (farthest and taken):
+            token = int(near_T.argmin())
+        taken.append(token)
         near_T = torch.maximum(near_T, unit_TD @ unit_TD[taken[-1]])
     return taken

@@ -27,6 +27,8 @@ class Reinforce(Scored):
     the running mean weighs updates by rate (0 before the first); the critic is linear, reads the router's input
     without a gradient to it, and is the deviation from the running mean, so that it need not learn the loss's size.
     schedule.noise scales the Gumbel noise to s, which samples softmax(logits / s); a selection bias shifts the policy.
+    Explorers that perturb the input or forbid experts are part of the policy; one that overrules the ranking is not,
+    and biases the gradient.
     """
 
     noise = "gumbel"
@@ -58,11 +60,12 @@ class Reinforce(Scored):
     def extras(self, x_TD: Tensor, noisy_TE: Tensor, plan: Plan, ctx: Context) -> dict[str, Tensor]:
         if ctx.noise_TE is None:
             return {}
+        assert isinstance(plan, Assignments)
         scale = ctx.knobs.noise
         policy_TE = noisy_TE - scale * ctx.noise_TE  # with -inf where an explorer forbids, which is never sampled
         if ctx.bias_E is not None:
             policy_TE = policy_TE + ctx.bias_E
-        log_prob_T = ordered_log_prob(policy_TE / scale.clamp_min(SILENT), plan.selected_TK) * (scale > SILENT)
+        log_prob_T = ordered_log_prob(policy_TE / scale.clamp_min(SILENT), plan.expert_TK) * (scale > SILENT)
         bonus = ctx.strengths.get("entropy", scale.new_zeros(()))
         return {"log_prob_T": log_prob_T, "baseline_T": self._baseline(x_TD), "bonus": bonus}
 

@@ -22,6 +22,8 @@ class TopP(Gated):
     number is needed (capacity, the ceiling of the load's measures).
     """
 
+    ragged = True
+
     def __init__(
         self,
         dim: int,

@@ -188,7 +188,12 @@ def test_extreme_logits(node: dict[str, Any], bias: float | None, hard: int | No
     bias_E = None if bias is None else bias * one[3]
     routing = router(x_TD, context(**told(router, len(x_TD)), bias_E=bias_E, hard=hard))
     loss = (dense_weights(routing.plan) * randn(len(x_TD), E).float()).sum()
-    cfg = {"router": node, "experts": {"num": E, "width": 8}, "explore": {}, "model": preset("model", "nano")}
+    cfg = {
+        "router": node,
+        "experts": preset("experts", "swiglu", num=E, width=8),
+        "explore": {},
+        "model": preset("model", "nano"),
+    }
     for name in sorted(registered("balance")):
         balancer: Balancer = build("balance", {"name": name})
         refused = balancer.conflicts(preset("balance", name), cfg | {"balance": {name: preset("balance", name)}})

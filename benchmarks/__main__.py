@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.harness import surroundings
 
-EACH = ("layer", "memory", "step", "diagnostics", "startup", "sharing", "graph", "mirror", "reinforce")
+EACH = ("layer", "methods", "memory", "step", "diagnostics", "startup", "sharing", "graph", "mirror", "reinforce")
 
 
 def main(names: list[str]) -> int:

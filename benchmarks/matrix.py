@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     "router": {
         "softmax_ste": ["router.backward=dense"],
         "gumbel_ste": ["router.backward=dense"],
-        "soft_moe": ["router.causal=blocks", "router.causal=prefix"],
+        "soft_moe": ["router.causal=blocks router.block=8", "router.causal=prefix"],
         "reinforce": ["router.baseline=none", "router.baseline=mean", "router.baseline=critic"],
         "random": ["router.fresh=true"],
         "sparsemixer": ["router.version=1"],

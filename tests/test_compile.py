@@ -19,7 +19,9 @@ from moe_lab.loop import Parts, contexts_of, examples, forward
 from moe_lab.model.experts import grouped
 
 ROUTERS = sorted(path.stem for path in Path(CONF, "router").glob("*.yaml"))
-CASES = [(f"router={router}",) for router in ROUTERS] + [
+CASES = [(f"router={router}", "allow_leak=true") for router in ROUTERS] + [
+    ("router=soft_moe", "router.causal=blocks", "router.block=8", "router.slots=2"),
+    ("router=soft_moe", "router.causal=prefix"),
     ("router=topk", "router.k=3", "explore=[gaussian]", "experts.capacity_factor=1.25", "balance=[importance]"),
     (
         *("router=topk", "explore=[jitter,dropout,reroute,expert_dropout,second_expert]", "experts.drop=probability"),

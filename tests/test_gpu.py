@@ -35,12 +35,13 @@ pytestmark = [
 ]
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product; for deterministic runs
 DEVICE = "cuda"
-ROUTERS = [(f"router={path.stem}",) for path in sorted(Path(CONF, "router").glob("*.yaml"))]
+ROUTERS = [(f"router={path.stem}", "allow_leak=true") for path in sorted(Path(CONF, "router").glob("*.yaml"))]
 ROUTERS += [
     (f"router={name}", f"explore=[{noise}]")
     for name in ("topk", "switch", "sigmoid_topk")
     for noise in ("gaussian", "gumbel")
 ]
+ROUTERS += [("router=soft_moe", "router.causal=blocks", "router.block=8"), ("router=soft_moe", "router.causal=prefix")]
 ROUTERS += [("router=softmax_ste", "router.backward=dense"), ("experts=mlp", "experts.capacity_factor=1.0")]
 ROUTERS += [
     ("router=topk", "experts.widths=[16,32]", "experts.granularity=2"),

@@ -49,6 +49,9 @@ OTHERS = [
     ("balance=[switch]", "balance.switch.scope=global_batch", "optim.accumulate=2"),
     ("balance=[entropy]", "balance.entropy.of=mutual_information", "balance.entropy.scope=running"),
     ("router=sigmoid_topk", "balance=[loss_free]", "balance.loss_free.recentre=true", "balance.loss_free.freeze=0.5"),
+    ("router=soft_moe", "router.causal=blocks", "router.block=8", "router.slots=2"),
+    ("router=soft_moe", "router.causal=prefix"),
+    ("router=expert_choice", "router.group=micro_batch", "objective=mlm"),
     ("model.moe=false",),
     ("model.moe_every=2", "optim.clip=null"),
 ]
@@ -74,7 +77,7 @@ def two_steps(*overrides: str) -> Loop:
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_no_router_waits(router: str) -> None:
-    two_steps(f"router={router}")
+    two_steps(f"router={router}", "allow_leak=true")
 
 
 @pytest.mark.parametrize("balance", BALANCERS)

@@ -18,8 +18,9 @@ Group = Literal["sequence", "micro_batch"]
 @option("router", "expert_choice")
 class ExpertChoice(Scored):
     """Of every group of n tokens each expert takes the ceil(capacity n k / E) of highest probability, which is also the
-    weight of its output (arXiv 2202.09368). The load is equal by construction; a token gets any number of experts, k of
-    them on average at capacity 1, and none at all where nobody wants it.
+    weight of its output (arXiv 2202.09368, whose capacity factor, 2 there, is capacity k here; rounding up is ours).
+    The load is equal by construction; a token gets any number of experts, k of them on average at capacity 1, and none
+    at all where nobody wants it.
 
     Whether an expert takes a token depends on the tokens after it: not causal, in evaluation neither.
     """

@@ -58,9 +58,24 @@ def test_the_matrix_of_random_starts_where_that_of_topk_does_and_stays() -> None
         torch.testing.assert_close(t, start, rtol=0, atol=0)
 
 
+def test_a_router_with_a_loss_of_its_own_explores() -> None:
+    """lpr's losses are about where prototypes lie, and not, as REINFORCE's, about who was sampled."""
+    ran = run("router=lpr", "explore=[reroute,jitter]")
+    assert all(row["term/router"] > 0 for row in ran.rows)
+
+
+def test_top_p_is_judged_by_its_best_expert_too_and_tells_the_most_that_it_can_cost() -> None:
+    """k=1 is a number to reckon with: as trained it takes more, so that the hard top-1 is another loss."""
+    ran = run("router=top_p", "router.k=1", "router.p=0.9", "router.most=3")
+    assert ran.rows[-1]["eval/loss_top1"] != ran.rows[-1]["eval/loss"]
+    assert all(16 < sum(counts) <= 3 * 16 for counts in ran.each("selected"))
+    assert ran.summary["cost"]["experts_executed_at_most"] == 3
+
+
 CONFLICTS = {
     "router=sparsemixer router.version=v1 router.k=2": "router.version=v1 draws one expert",
     "router=top_p balance=[load] explore=[gaussian]": "balance.load: it is about the k best",
+    "router=top_p explore=[reroute]": "router=top_p chooses as many experts as it takes",
     "router=hash balance=[loss_free]": "router=hash makes no choice by scores",
     "router=sparsemixer explore=[gumbel]": "router=sparsemixer does not choose by scores",
     "router=cosine router.latent=1": "router.latent=1: must be at least 2",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_lab.config import registered
-from moe_lab.routing import Draw, Plan, Router
+from moe_lab.routing import Draw, Plan
 from moe_lab.schedules import Schedule
 
 
@@ -89,9 +89,9 @@ class SetChoice(Explorer):
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         name, router = node["name"], cfg["router"]
         kind = registered("router")[router["name"]]
-        if kind.objective is not Router.objective:
+        if kind.wants_losses:
             return [f"explore.{name}: router={router['name']} learns from the probability of its own choice alone"]
-        if kind.scored and not kind.traits(router, cfg["experts"]["num"]).static_shapes:
+        if kind.scored and kind.ragged:
             return [f"explore.{name}: router={router['name']} chooses as many experts as it takes; there is no k"]
         return super().conflicts(node, cfg)
 

@@ -30,6 +30,7 @@ class Gated(Scored):
     - all rows: softmax or normalised_sigmoid gate_first, not renormalised
 
     With k=1 the first two always weigh 1, and the router gets no task gradient (verdict: frozen).
+    Where a bias chose experts whose gate values sum to less than 1e-20, weights among the chosen fade to 0.
     """
 
     def __init__(

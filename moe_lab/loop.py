@@ -82,7 +82,7 @@ class Drawn:
         """The i-th of equal micro-batches; what is drawn per expert is the same in each."""
 
         def cut(drawn: dict[str, Tensor], wanted: Mapping[str, Draw]) -> dict[str, Tensor]:
-            return {n: t if wanted[n].shape == "E" else t.chunk(parts)[i] for n, t in drawn.items()}
+            return {n: t if wanted[n].shape in ("E", "ED") else t.chunk(parts)[i] for n, t in drawn.items()}
 
         noise_TE = None if self.noise_TE is None else self.noise_TE.chunk(parts)[i]
         tried = [cut(drawn, e.draws) for drawn, e in zip(self.explorers, explorers, strict=True)]

@@ -5,12 +5,11 @@ Shapes: T tokens, S tokens of a sequence, E experts, K chosen per token.
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from layers import context, make_router, preset, randn
+from layers import context, make_moe, make_router, preset, randn
 from oracles import balance as oracle
 from peers import FP32, close, gating, set_weights
 from torch import Tensor
@@ -198,7 +197,8 @@ def test_scope_sequence_of_shazeers_load():
 def test_scope_global_batch_is_that_of_all_tokens_so_far(name: str, k: int):
     """Value: the formula over the tokens of all micro-batches so far. Gradient: that of the same, times the number of
     micro-batches so far, since this one's mean moves as if the others moved with it."""
-    balancer, run = loss_of(name, scope="global_batch"), Run()
+    balancer = loss_of(name, scope="global_batch")
+    run = Run(balancer)
     z_TE, chosen = torch.zeros(0, E, dtype=torch.float64), []
     for i in range(3):
         part = randn(6, E, key=("part", i)) * 1.5 + torch.linspace(2, -2, E) * (i - 1)
@@ -206,9 +206,9 @@ def test_scope_global_batch_is_that_of_all_tokens_so_far(name: str, k: int):
         r = routing(a, k)
         chosen += r.plan.selected_TK.tolist()
         z_TE = torch.cat([z_TE, b])
-        ours, theirs = balancer.loss(r, run.layer(balancer)), LOSSES[name][1](z_TE, chosen)
+        ours, theirs = balancer.loss(r, run.layer()), LOSSES[name][1](z_TE, chosen)
         agree(ours, theirs.detach() + (i + 1) * (theirs - theirs.detach()), (a, b))
-        run.add(balancer, r)
+        run.add(r)
         z_TE = z_TE.detach()
 
 
@@ -216,7 +216,8 @@ def test_scope_global_batch_is_that_of_all_tokens_so_far(name: str, k: int):
 def test_scope_global_batch_of_copies_is_one_big_batch(name: str):
     """Micro-batches with the same tokens in other orders: values and gradients of one big batch, exactly."""
     part, k, n = CASES["skewed"], 2, 3
-    balancer, run = loss_of(name, scope="global_batch"), Run()
+    balancer = loss_of(name, scope="global_batch")
+    run = Run(balancer)
     big = leaf(part.repeat(n, 1))
     whole = loss_of(name).loss(routing(big, k))
     (expected,) = torch.autograd.grad(whole, big, allow_unused=True)
@@ -224,12 +225,12 @@ def test_scope_global_batch_of_copies_is_one_big_batch(name: str):
         order = torch.randperm(len(part), generator=torch.Generator().manual_seed(i))
         z_TE = leaf(part[order])
         r = routing(z_TE, k)
-        loss = balancer.loss(r, run.layer(balancer))
+        loss = balancer.loss(r, run.layer())
         torch.testing.assert_close(loss, whole)
         (got,) = torch.autograd.grad(loss / n, z_TE, allow_unused=True)
         assert got is not None and expected is not None
         torch.testing.assert_close(got, expected[: len(part)][order])
-        run.add(balancer, r)
+        run.add(r)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -237,14 +238,15 @@ def test_scope_global_batch_of_copies_is_one_big_batch(name: str):
 def test_the_first_micro_batch_has_no_past(name: str, scope: str):
     r = routing(CASES["skewed"], 2)
     balancer = loss_of(name, scope=scope)
-    torch.testing.assert_close(balancer.loss(r, Run().layer(balancer)), loss_of(name).loss(r))
+    torch.testing.assert_close(balancer.loss(r, Run(balancer).layer()), loss_of(name).loss(r))
 
 
 def test_scope_running_by_hand():
     """Updates of two micro-batches; the mean of an update is that of both, and the loss is taken at a mean that
     forgets: the oracle's weights d^(u - v) over their sum."""
-    d, run = 0.7, Run()
+    d = 0.7
     balancer = build("balance", {"name": "squared_load", "scope": "running", "decay": d})
+    run = Run(balancer)
     past: list[Tensor] = []
     for u in range(4):
         parts = [CASES["skewed"] + randn(12, E, key=(u, i)) for i in range(2)]
@@ -252,7 +254,7 @@ def test_scope_running_by_hand():
         for part, mean_E in zip(parts, means, strict=True):
             z_TE = leaf(part)
             r = routing(z_TE, 1)
-            loss = balancer.loss(r, run.layer(balancer))
+            loss = balancer.loss(r, run.layer())
             P = [oracle.running_means([*(float(p[e]) for p in past), float(mean_E[e])], d)[-1] for e in range(E)]
             assert loss.item() == pytest.approx(E * sum((p - 1 / E) ** 2 for p in P), rel=1e-6)
             # Gradient: of this micro-batch's mean, at that value.
@@ -260,32 +262,28 @@ def test_scope_running_by_hand():
             slope_E = torch.tensor([2 * E * (p - 1 / E) for p in P], dtype=torch.float64)
             (expected,) = torch.autograd.grad((z_TE.softmax(-1).mean(0) * slope_E).sum(), z_TE)
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
-            run.add(balancer, r)
-        run.close(balancer)
+            run.add(r)
+        run.close()
         past.append(sum(means) / 2)  # pyright: ignore[reportArgumentType]
 
 
 class Run:
     """The upkeep of one layer under one balancer, as the loop does it."""
 
-    def __init__(self):
-        moe: Any = SimpleNamespace(experts=SimpleNamespace(num=E), bias_E=torch.zeros(E, dtype=torch.float64))
-        moe.router = SimpleNamespace(statistics=lambda x_TD, routing: {}, after_step=None)
-        self.moe, self.upkeep = moe, None
+    def __init__(self, balancer: Balancer):
+        moe = make_moe(preset("router", "topk", k=1), 8, E, "mlp", width=8)
+        self.upkeep = Upkeep([moe], {"b": balancer})
 
-    def _upkeep(self, balancer: Balancer) -> Upkeep:
-        self.upkeep = self.upkeep or Upkeep([self.moe], {"b": balancer})
-        return self.upkeep
+    def layer(self) -> Layer:
+        return self.upkeep.layers("b", 1)[0]
 
-    def layer(self, balancer: Balancer, seq_len: int = 1) -> Layer:
-        return self._upkeep(balancer).layers("b", seq_len)[0]
+    def add(self, routing: Routing) -> None:
+        T = routing.probs_TE.shape[0]
+        out = Output(torch.zeros(()), (routing,), (torch.zeros(T, 8),))
+        self.upkeep.add(out, torch.zeros(T), torch.ones(T, dtype=torch.bool), 1)
 
-    def add(self, balancer: Balancer, routing: Routing) -> None:
-        out = Output(torch.zeros(()), (routing,), (torch.zeros(()),))
-        self._upkeep(balancer).add(out, torch.zeros(1), torch.ones(1), 1)
-
-    def close(self, balancer: Balancer) -> None:
-        self._upkeep(balancer).close(Values(temperature=1, noise=1, balance=1, bias_rate=1, progress=0), 1)
+    def close(self) -> None:
+        self.upkeep.close(Values(temperature=1, noise=1, balance=1, bias_rate=1, progress=0), 1)
 
 
 # DeepSeek-V3's sequence-wise loss

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import context, make_moe, preset, randn
+from layers import context, make_moe, make_router, preset, randn
 from oracles import balance as oracle
 from tiny import tiny
 from torch import Tensor
@@ -130,6 +130,18 @@ def test_what_erc_is_worth():
         moe.experts.w_in_EID.copy_(moe.experts.w_in_EID[:1].expand_as(moe.experts.w_in_EID))
     assert loss("erc", moe, middle).item() == 0
     assert loss("erc", moe, middle, alpha=0.5).item() == pytest.approx(2 * 0.75 * 0.5 * 3)
+
+
+def test_erc_leaves_out_experts_without_a_network():
+    """They answer no row; their rows still count as neighbours that a stretched row must not reach."""
+    moe = make_moe(preset("router", "topk", k=1), D, 3, "mlp", width=16, zero_experts=1)
+    moe.router = make_router(preset("router", "topk", k=1), D, 4)
+    uniform_ED = torch.rand(4, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        rows_of(moe)[3] = rows_of(moe)[0] + 0.01
+    rows_ED, w_EID = leaf(rows_of(moe)), leaf(moe.experts.w_in_EID)
+    ours, theirs = loss("erc", moe, {"delta": uniform_ED}), oracle.erc(rows_ED, w_EID, uniform_ED, 1.0)
+    close(ours, theirs, [(rows_of(moe), rows_ED), (moe.experts.w_in_EID, w_EID)])
 
 
 def test_erc_of_one_expert_is_nothing():

@@ -109,6 +109,7 @@ MISTAKES = {
     "balance=[quantile,loss_free]": ["balance=[loss_free,quantile]: both move the same selection bias; take one"],
     "balance=[quantile] router=dense": ["balance.quantile: router=dense makes no choice by scores"],
     "balance=[quantile] router.k=8": ["balance.quantile: nothing to choose with router.k=8 of experts.num=8"],
+    "balance=[quantile] router=kmeans": ["balance.quantile: router=kmeans ranks by other values than gates of [0, 1]"],
     "balance=[erc] router=cosine": ["balance.erc: router=cosine has no learned row per expert"],
     "balance=[simbal] router.scoring=mlp": ["balance.simbal: router.scoring=mlp puts a layer between"],
 

@@ -41,7 +41,7 @@ def close_losses(ours: Tensor, theirs: Tensor, by: Tensor, tolerance: float) -> 
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-@pytest.mark.parametrize("name", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("name", ["olmoe", "mixtral", "nllb_moe"])
 def test_load_balancing_loss_of_one_layer(name: str, k: int):
     """Theirs counts k assignments per token and does not divide by k: k at balance. Its sums are fp32."""
     logits_TE = skewed()

@@ -15,7 +15,8 @@ from moe_lab.schedules import Schedule, constant
 class GShard(LoadLoss):
     """E * sum_e (c_e / T) m_e: c how many tokens have e as their first choice (no gradient), m the mean clean
     probability (arXiv 2006.16668, where it is 1/E sum, E^2 times less; the larger scale is that of Mesh TensorFlow's
-    code). 1 at balance; E at collapse of the first choices, whatever k. A second choice counts for nothing.
+    code). 1 at balance, E at collapse onto one expert whatever k, E/k where k experts share all. A second choice counts
+    for nothing.
     """
 
     tables = 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import context, dense_weights, draw, make_router, preset, randn, router_cases
+from layers import context, dense_weights, draw, make_router, preset, randn, router_cases, told
 from oracles import experts as oracle
 from tiny import tiny
 from torch import Tensor
@@ -19,7 +19,7 @@ from moe_lab.cost import cost
 from moe_lab.model.experts import Experts, FeedForward
 from moe_lab.model.moe import MoE
 from moe_lab.optim import AdamW
-from moe_lab.routing import Context
+from moe_lab.routing import Context, Slots
 from moe_lab.sizes import routed
 
 D, T = 16, 11
@@ -33,6 +33,7 @@ KINDS = {
     "constant": {"num": 2, "width": 16, "constant_experts": 2},
     "all of MoE++": {"num": 2, "widths": [8, 16], "zero_experts": 1, "copy_experts": 2, "constant_experts": 2},
     "fine MoE++": {"num": 1, "width": 16, "granularity": 2, "zero_experts": 1, "constant_experts": 1},
+    "one of each": {"num": 2, "widths": [8, 16], "zero_experts": 1, "copy_experts": 1, "constant_experts": 1},
     "one expert": {"num": 1, "width": 16},
     "upcycled": {"num": 3, "width": 16, "init": "upcycled", "init_noise": 0.1},
 }
@@ -162,6 +163,30 @@ def test_narrow_experts_start_as_their_width_asks():
 
 
 @pytest.mark.parametrize("node", router_cases())
+def test_every_router_takes_experts_of_every_kind(node: dict[str, Any]):
+    """Whatever its plan hands over, each row meets its own expert: values and gradients, row by row."""
+    moe = MoE(make_router(node, D, 5), bank("swiglu", **KINDS["one of each"]), 2).double()
+    x_TD, c_TD = randn(6, D).requires_grad_(), randn(6, D, key=("c",))
+    y_TD, routing = moe(x_TD, context(**told(moe.router, 6)))
+    plan, experts = routing.plan, one_by_one("swiglu", moe.experts, dict(moe.experts.named_parameters()))
+    expert_N = [e for e, n in enumerate(plan.counts_E.tolist()) for _ in range(n)]
+    rows_ND = plan.gather(x_TD)
+    out_ND = torch.zeros_like(rows_ND).index_add(
+        0,
+        torch.arange(len(expert_N)),
+        torch.stack([oracle.expert(rows_ND[n], *experts[e]) for n, e in enumerate(expert_N)]),
+    )
+    expected_TD = plan.combine(out_ND)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-11, atol=1e-13)
+    leaves = [x_TD, *moe.experts.parameters()]
+    mine, exact = (
+        torch.autograd.grad((t * c_TD).sum(), leaves, retain_graph=True, materialize_grads=True)
+        for t in (y_TD, expected_TD)
+    )
+    torch.testing.assert_close(mine, exact, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("node", router_cases())
 def test_upcycled_without_noise_is_the_dense_layer(node: dict[str, Any]):
     """For every router, scaled by the sum of its weights: the dense layer itself where they sum to one."""
     for kind in ("mlp", "swiglu"):
@@ -171,8 +196,12 @@ def test_upcycled_without_noise_is_the_dense_layer(node: dict[str, Any]):
             dense.w_in_DI.copy_(experts.w_in_EID[0].T)
             dense.w_out_FD.copy_(experts.w_out_EFD[0])
         moe, x_TD = MoE(make_router(node, D, 4), experts, 2).double(), randn(T, D)
-        y_TD, routing = moe(x_TD, context(draw(moe.router, T)))
-        torch.testing.assert_close(y_TD, dense(x_TD) * dense_weights(routing.plan).sum(1, keepdim=True))
+        y_TD, routing = moe(x_TD, context(**told(moe.router, T)))
+        if isinstance(routing.plan, Slots):  # whose experts read mixtures of tokens
+            expected_TD = routing.plan.combine(dense(routing.plan.gather(x_TD)))
+        else:
+            expected_TD = dense(x_TD) * dense_weights(routing.plan).sum(1, keepdim=True)
+        torch.testing.assert_close(y_TD, expected_TD)
 
 
 SUM_TO_ONE = ["router=topk", "router=noisy_topk", "router=dense", "router=gumbel_ste"]
@@ -249,3 +278,14 @@ def test_a_router_that_takes_no_finer_choice_says_so(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(registered("router")["topk"], "conflicts", classmethod(conflicts))
     assert check(cfg) == ["experts.granularity=2: router.k=2 of (8, 2): one at most"]
     assert check(tiny(*words[:2])) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "most"), [(["router=top_p"], 5), (["router=top_p", "router.most=3"], 3), (["router=relu"], 5)]
+)
+def test_cost_says_what_it_can_come_to_where_the_data_decides(words: list[str], most: int):
+    told = cost(assemble(tiny(*words, "router.k=2", "experts.zero_experts=1")))
+    assert (told["experts_executed"], told["experts_executed_at_most"]) == (2, most)
+    each = 2 * 2 * 3 * 32 * 32 * 4 / 5  # two layers; four experts of five have a network
+    assert told["flops_per_token_at_most"] - told["flops_per_token"] == pytest.approx((most - 2) * each, abs=1)
+    assert "flops_per_token_at_most" not in cost(assemble(tiny("router=topk")))

@@ -33,6 +33,8 @@ RUNS = {
         "experts.constant_experts=1",
         "experts.shared_experts=1",
     ],
+    "coupled": ["router=topk", "experts.widths=[8,16]", "experts.zero_experts=1", "balance=[erc,orthogonal_experts]"],
+    "by the data": ["router=top_p", "experts.zero_experts=1", "experts.copy_experts=1"],
     "upcycled": ["router=topk", "experts.init=upcycled", "experts.init_noise=0.01", "balance=[switch,loss_free]"],
 }
 

@@ -20,7 +20,7 @@ SIZES = {  # option: its default, and what it is
     "experts": (8, "experts of a layer"),
     "k": (2, "experts per token"),
     "tokens": (4096, "tokens of a layer, taken as one sequence"),
-    "layers": (2, "MoE layers; of a file of rows: they are one layer behind the other (default 1)"),
+    "layers": (2, "MoE layers (default 2); a file of rows holds so many, one behind the other (default 1)"),
     "seed": (0, "of the random logits"),
 }
 MOST_NUMBERS = 1 << 24

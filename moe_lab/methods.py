@@ -26,7 +26,7 @@ COLUMNS = {
     "sampled": "chooses at random in training",
     "dropless": "",
     "static": "row counts do not depend on data",
-    "FLOPs": "of experts, over top-k's",
+    "FLOPs": "of experts, over those of k chosen",
 }
 GROUPS = {"router": "Routers", "explore": "Exploration", "balance": "Balancing", "experts": "Experts"}
 # What the README's table of groups says beside the names.
@@ -54,7 +54,7 @@ def row(preset: str) -> list[str]:
     """A line of the table of traits, under COLUMNS."""
     t = traits_of(preset)
     yes = {True: "yes", False: "no", None: "no parameters"}
-    flops = "by the data" if t.flops is None else f"{t.flops:g}"
+    flops = "varies" if t.flops is None else f"{t.flops:g}"
     flags = (t.causal, t.batch_independent, t.stochastic, t.dropless, t.static_shapes)
     return [preset, yes[t.live], t.rows, *(yes[flag] for flag in flags), flops]
 

@@ -23,9 +23,8 @@ def test_every_method_says_how_it_was_checked(group: str) -> None:
     assert list(entries) == sorted(entries) == methods.names(group)
     for name, entry in entries.items():
         assert set(entry) == {"against", "tests"} and len(entry["against"]) > 15 and entry["tests"], name
-        for test in entry["tests"]:
-            text = (ROOT / test).read_text()
-            assert name in text, f"{test} never names {name}"
+        texts = [(ROOT / test).read_text() for test in entry["tests"]]
+        assert any(name in text for text in texts), f"none of {entry['tests']} names {name}"
 
 
 @pytest.mark.parametrize("group", methods.GROUPS)

@@ -212,7 +212,7 @@ def owner(counts_E: Tensor, rows: int) -> Tensor:
 
 @option("experts", "mlp")
 class MLP(Experts):
-    """Two matrices and a GELU."""
+    """gelu(x W_in) W_out: two matrices, the exact GELU, no biases (GPT-2's, without them)."""
 
     @staticmethod
     def neurons(h_NI: Tensor) -> Tensor:

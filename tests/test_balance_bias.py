@@ -10,11 +10,12 @@ import pytest
 import torch
 from layers import context, make_moe, preset, randn
 from oracles import balance as oracle
+from tiny import tiny
 from torch import Tensor
 
 from moe_lab.balance.base import Balancer, Layer
 from moe_lab.balance.quantile import BINS, bins, quantile
-from moe_lab.config import build
+from moe_lab.config import build, check
 from moe_lab.model.moe import MoE
 
 E = 6
@@ -157,3 +158,9 @@ def test_quantile_sees_every_token_in_its_range():
     mean_E = (second_T1 - merit_TE).mean(0)
     centres_B = low + width * (torch.arange(BINS).double() + 0.5)
     torch.testing.assert_close((count_EB * centres_B).sum(-1) / 50, mean_E, rtol=0, atol=float(width))
+
+
+def test_two_that_move_the_bias_are_refused_together():
+    one = tiny("router=sigmoid_topk", "balance=[switch,quantile]")
+    both = one | {"balance": one["balance"] | {"loss_free": preset("balance", "loss_free")}}
+    assert check(both) == ["balance=[loss_free,quantile]: both move the same selection bias; take one of them"]

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moe_lab.counting import count, count_by_group, sum_by_group
+
 R = TypeVar("R")
 Drop = Literal["position", "probability"]  # who keeps a place in a full expert: the first, or the heaviest
 
@@ -278,85 +280,8 @@ class Mixture:
         return hardened(expert_TK, self.weight_TE.gather(1, expert_TK), self.weight_TE, self.num_experts)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Every expert takes the same number of tokens; a token may have any number of experts (expert choice).
-
-    token_EC: the tokens of each expert, int64. weight_EC: their combine weights, fp32, gradients intact. tokens: T.
-    """
-
-    token_EC: Tensor
-    weight_EC: Tensor
-    tokens: int
-    kept_TK: None = None
-    ragged = True
-
-    @property
-    def num_experts(self) -> int:
-        return self.token_EC.shape[0]
-
-    @cached
-    def counts_E(self) -> Tensor:
-        E, C = self.token_EC.shape
-        return torch.full((E,), C, dtype=torch.int64, device=self.token_EC.device)
-
-    @property
-    def selected_E(self) -> Tensor:
-        return self.counts_E
-
-    @property
-    def kept_E(self) -> Tensor:
-        return self.counts_E
-
-    @cached
-    def _weight_TE(self) -> Tensor:
-        """Combine weights as a matrix, 0 where an expert did not take the token."""
-        weight_ET = self.weight_EC.new_zeros(self.num_experts, self.tokens)
-        return weight_ET.scatter(1, self.token_EC, self.weight_EC).T
-
-    @cached
-    def _taken_TE(self) -> Tensor:
-        taken_ET = torch.zeros(self.num_experts, self.tokens, dtype=torch.bool, device=self.token_EC.device)
-        return taken_ET.scatter(1, self.token_EC, True).T
-
-    @cached
-    def selected_TK(self) -> Tensor:
-        """Each token's experts, strongest first, `num_experts` where there are no more, [T, E]."""
-        strength_TE = torch.where(self._taken_TE, self._weight_TE.detach(), -1.0)
-        order_TE = torch.argsort(-strength_TE, dim=-1, stable=True)
-        return torch.where(self._taken_TE.gather(1, order_TE), order_TE, self.num_experts)
-
-    def selected(self, groups: int) -> Tensor:
-        return self._taken_TE.view(groups, -1, self.num_experts).sum(1)
-
-    def mass(self, groups: int) -> Tensor:
-        return self._weight_TE.reshape(groups, -1, self.num_experts).sum(1)
-
-    def importance_E(self) -> Tensor:
-        return self.weight_EC.sum(1)
-
-    def gather(self, x_TD: Tensor) -> Tensor:
-        return x_TD.index_select(0, self.token_EC.reshape(-1))
-
-    def combine(self, rows_ND: Tensor) -> Tensor:
-        weighted_ND = rows_ND * self.weight_EC.reshape(-1, 1).to(rows_ND.dtype)
-        y_TD = rows_ND.new_zeros(self.tokens, rows_ND.shape[1])
-        return y_TD.index_add(0, self.token_EC.reshape(-1), weighted_ND)
-
-    def harden(self, k: int) -> Assignments:
-        """Each token's k strongest experts among those that took it."""
-        expert_TK = self.selected_TK[:, :k]
-        chosen_TK = expert_TK < self.num_experts
-        expert_TK = expert_TK.clamp_max(self.num_experts - 1)
-        weight_TK = self._weight_TE.gather(1, expert_TK) * chosen_TK
-        return replace(hardened(expert_TK, weight_TK, self._weight_TE, self.num_experts), chosen_TK=chosen_TK)
-
-
 def hardened(expert_TK: Tensor, weight_TK: Tensor, all_TX: Tensor, num_experts: int) -> Assignments:
     return Assignments(expert_TK, shares(weight_TK) * all_TX.sum(-1, keepdim=True), num_experts)
-
-
-Plan = Assignments | Mixture | Rows
 
 
 def shares(weight_TK: Tensor) -> Tensor:
@@ -367,31 +292,3 @@ def shares(weight_TK: Tensor) -> Tensor:
 def best(rank_TE: Tensor, k: int) -> Tensor:
     """The k experts that rank highest for each token, best first, int64 [T, k]."""
     return rank_TE.argmax(-1, keepdim=True) if k == 1 else rank_TE.topk(k, -1).indices
-
-
-def count(index_N: Tensor, size: int) -> Tensor:
-    """How often each of 0..size-1 occurs, int64 [size]; unlike bincount it never waits for the device."""
-    return torch.zeros(size, dtype=torch.int64, device=index_N.device).scatter_add_(
-        0, index_N, torch.ones_like(index_N)
-    )
-
-
-def count_by_group(selected_TK: Tensor, num_experts: int, groups: int) -> Tensor:
-    """How often each expert occurs in each of `groups` equal stretches of tokens, int64 [G, E]; E stands for none."""
-    cell_N = _cells(selected_TK, num_experts + 1, groups)
-    return count(cell_N, groups * (num_experts + 1)).view(groups, -1)[:, :num_experts]
-
-
-def sum_by_group(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, groups: int) -> Tensor:
-    """Weights summed by expert over each of `groups` equal stretches of tokens, [G, E], with gradients."""
-    cell_N = _cells(expert_TK, num_experts, groups)
-    total_N = torch.zeros(groups * num_experts, dtype=weight_TK.dtype, device=weight_TK.device)
-    return total_N.scatter_add(0, cell_N, weight_TK.reshape(-1)).view(groups, num_experts)
-
-
-def _cells(index_TK: Tensor, size: int, groups: int) -> Tensor:
-    """Where each entry counts in a flat [groups, size] table, [T * K]."""
-    if groups > 1:
-        T = index_TK.shape[0]
-        index_TK = index_TK + (torch.arange(T, device=index_TK.device) // (T // groups) * size)[:, None]
-    return index_TK.reshape(-1)

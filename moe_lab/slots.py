@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lab.plans import Assignments, cached, count_by_group, hardened
+from moe_lab.counting import count_by_group
+from moe_lab.plans import Assignments, cached, hardened
 
 CHUNK = 32  # tokens whose running sums are taken by one product
 Mix = Callable[[Tensor, Tensor], Tensor]  # x [B, S, D], logits [B, S, P] -> slots [B, sets, P, D]

@@ -13,8 +13,7 @@ from layers import context, dense_weights, grad, make_moe, preset, randn
 from torch import Tensor
 from torch.autograd import Function, gradcheck
 
-from moe_lab.plans import Plan
-from moe_lab.routing import Assignments, Mixture, Rows
+from moe_lab.routing import Assignments, Mixture, Plan, Rows
 
 T, D, E, K = 7, 3, 4, 2
 
@@ -74,6 +73,7 @@ def computed(plan: Plan) -> Iterator[tuple[int, int, Tensor]]:
     elif isinstance(plan, Mixture):
         yield from ((t, e, plan.weight_TE[t, e]) for t in range(T) for e in range(E))
     else:
+        assert isinstance(plan, Rows)
         for e, tokens in enumerate(plan.token_EC.tolist()):
             yield from ((t, e, plan.weight_EC[e, c]) for c, t in enumerate(tokens))
 

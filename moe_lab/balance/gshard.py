@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moe_lab.balance.scopes import LoadLoss, over_groups
 from moe_lab.config import option
-from moe_lab.plans import count_by_group
+from moe_lab.counting import count_by_group
 from moe_lab.routing import Routing
 from moe_lab.schedules import Schedule, constant
 

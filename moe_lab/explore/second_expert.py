@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moe_lab.config import option
 from moe_lab.explore.base import SetChoice, runs_every_expert
-from moe_lab.plans import Assignments, Plan, shares
-from moe_lab.routing import Draw
+from moe_lab.plans import Assignments, shares
+from moe_lab.routing import Draw, Plan
 from moe_lab.schedules import Schedule, constant
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_lab.counting import count
 from moe_lab.model.moe import MoE
 from moe_lab.observe import dynamics, geometry
 from moe_lab.observe.recorder import to_host
 from moe_lab.observe.window import View
-from moe_lab.plans import count
 
 PROBE_TOKENS = 4096  # the first of the validation batches, which are the same at every evaluation
 

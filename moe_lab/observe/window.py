@@ -11,9 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from moe_lab.counting import count
 from moe_lab.observe.confidence import gate_entropy
 from moe_lab.observe.specialisation import POSITION_CLASSES, TOKEN_CLASSES, n_log_n
-from moe_lab.plans import count
 from moe_lab.routing import Routing
 
 MEMORY = 0.99  # of the running centroids, per update: half of it is gone after 69 updates

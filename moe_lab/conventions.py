@@ -4,8 +4,8 @@ Shapes: L MoE layers, T tokens, B sequences of S tokens (T = B * S, batch-major)
 
 Each function takes the router's logits and gives what its framework adds to the training loss with a coefficient of 1,
 sums and means over layers as there. Formulas alone, written anew. "Run" says against which release the tests hold one;
-"read" that nothing could be installed, and that the tests hold it against the formula in plain loops; "noted" the same of
-a formula that we know from notes about its source. All readings are of November 2026.
+"read" that nothing could be installed, and that the tests hold it against the formula in plain loops; "noted" the same
+of a formula that we know from notes about its source. All readings are of November 2026.
 """
 
 import math

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tiny import CONF, tiny
 
-from benchmarks.matrix import Case, cases, problems
+from benchmarks.matrix import BASE, Case, cases, config, problems
 from moe_lab import reading
 from moe_lab.train import train
 
@@ -34,13 +36,20 @@ def test_every_preset_is_a_case() -> None:
         assert named == {file.stem for file in Path("conf", group).resolve().glob("*.yaml")}
 
 
+@pytest.mark.parametrize("case", CASES[::20], ids=lambda case: case.name)
+def test_a_case_is_composed_as_hydra_does(case: Case) -> None:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        composed = OmegaConf.to_container(compose("train", overrides=[*BASE, *case.words]), resolve=True)
+    assert config(*case.words) == composed
+
+
 @every
 def test_trains(case: Case, tmp_path: Path) -> None:
     rows = rows_of(tmp_path, *case.words)
     assert rows[-1]["loss"] < rows[0]["loss"] + 0.1
 
 
-@every
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if "router.k=1" in case.words])
 @pytest.mark.parametrize("edge", ["one expert", "fewer tokens than experts"])
 def test_edges(case: Case, edge: str, tmp_path: Path) -> None:
     words = {

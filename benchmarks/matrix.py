@@ -104,7 +104,10 @@ def base() -> dict[str, Any]:
 
 @cache
 def preset(group: str, name: str) -> Any:
-    return yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    """A preset's node. YAML alone would read 1e-8 as text."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
 
 
 def config(*words: str) -> dict[str, Any]:

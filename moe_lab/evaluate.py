@@ -98,8 +98,9 @@ class Evaluator:
         out, loss_T = forward(parts, batch, contexts(parts, values, batch, drawn, training=True))
         task = loss_T.sum() / batch.counted.sum()
         for moe, routing in zip(parts.model.moes, out.routings, strict=True):
-            own = moe.router.objective(routing, loss_T.detach(), batch.counted.flatten())
-            task = task if own is None else task + own
+            if moe.router.wants_losses:  # others' objectives are none of the task's, as little as balance losses
+                own = moe.router.objective(routing, loss_T.detach(), batch.counted.flatten())
+                task = task if own is None else task + own
         ratio = gradient_ratio(parts.model.moes, task)
         overall = over_layers(METRICS["router_grad_ratio"], ratio)
         return {"moe/router_grad_ratio": ratio} | {f"moe/router_grad_ratio/{how}": v for how, v in overall.items()}

@@ -224,7 +224,7 @@ class Loop:
             part_drawn = [d.chunk(n, i, moe.router, parts.explorers.values()) for d, moe in layers]
             out, loss_T = forward(parts, part, contexts(parts, values, part, part_drawn, training=True))
             task = loss_T.sum() / counted
-            terms = [term / n for term in self._terms(out, part, loss_T.detach(), values, drawn)]
+            terms = [term / n for term in self._terms(out, part, loss_T.detach(), values, drawn, counted)]
             total = task + sum(terms)
             total.backward()
             self.sums[: 2 + len(terms)] += torch.stack([task, total, *terms]).detach()
@@ -234,8 +234,11 @@ class Loop:
         self.upkeep.close(values, s.seq_len)
         self.tokens += tokens
 
-    def _terms(self, out: Output, batch: Examples, loss_T: Tensor, values: Values, drawn: list[Drawn]) -> list[Tensor]:
-        """What is added to the task loss, by the names of `terms`. A weight of 0 is skipped, not multiplied."""
+    def _terms(
+        self, out: Output, batch: Examples, loss_T: Tensor, values: Values, drawn: list[Drawn], counted: Tensor
+    ) -> list[Tensor]:
+        """What is added to the task loss, by the names of `terms`, of a micro-batch whose update has `counted` tokens
+        that count. A weight of 0 is skipped, not multiplied."""
         zero, found = torch.zeros((), device=self.parts.device), []
         for name, balancer in self.parts.balancers.items():
             weight = balancer.weight.at(values.progress) * values.balance if balancer.weight and out.routings else 0
@@ -244,8 +247,13 @@ class Loop:
         if self.own:
             counted_T = batch.counted.flatten()
             moes = zip(self.parts.model.moes, out.routings, strict=True)
-            each = [moe.router.objective(routing, loss_T, counted_T) for moe, routing in moes]
-            found.append(sum((term for term in each if term is not None), zero))
+            # A mean over the tokens that count weighs as many as there are, as the task's does; others weigh all alike.
+            share = counted_T.sum() * self.parts.optim.accumulate / counted
+            for moe, routing in moes:
+                term = moe.router.objective(routing, loss_T, counted_T)
+                if term is not None:
+                    zero = zero + (term * share if moe.router.wants_losses else term)
+            found.append(zero)
         return found
 
     def _update(self, step: int) -> None:

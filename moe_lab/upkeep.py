@@ -55,6 +55,8 @@ class Upkeep:
             if stats:
                 moe.router.after_step(stats, values.progress)
         for name, balancer in self.balancers.items():
+            if balancer.steers and balancer.weight and not balancer.weight.at(values.progress) * values.balance:
+                continue
             layers, stats = self.layers(name, seq_len), self.of_balancers[name]
             balancer.after_update(layers, stats, values.bias_rate, values.progress)
         self.begin()

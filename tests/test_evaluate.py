@@ -155,3 +155,13 @@ def test_masked_evaluation_is_the_mean_over_hidden_tokens(monkeypatch: pytest.Mo
         hidden += int(mask_BS.sum())
     assert row["eval/tokens"] == hidden
     assert row["eval/loss"] == pytest.approx(total / hidden, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "live"),
+    [(("router=lpr", "router.k=1"), False), (("router=lpr", "router.k=2"), True), (("router=reinforce",), True)],
+)
+def test_liveness_is_about_the_task(words: tuple[str, ...], live: bool) -> None:
+    """lpr's own losses train its prototypes whatever the task says; reinforce learns of the task by its own alone."""
+    ratio = Evaluator(assemble(tiny(*words))).alive(VALUES)["moe/router_grad_ratio"]
+    assert all((r > 1e-2) if live else (r < 1e-4) for r in ratio)

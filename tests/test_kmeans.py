@@ -143,3 +143,12 @@ def test_a_zero_token_and_a_zero_mean_are_no_division_by_zero() -> None:
     routing = r(x_TD, context())
     (routing.probs_TE * randn(T, E)).sum().backward()
     assert torch.isfinite(routing.logits_TE).all() and torch.isfinite(grad(x_TD)).all()
+
+
+def test_sigmoids_that_underflow_are_a_distribution() -> None:
+    """Two cosines of -1/4 at tau = 0.1 and a temperature of 0.01: both sigmoids are 0 in fp32."""
+    router = make_router(preset("router", "kmeans", weight="sigmoid"), 16, 2, torch.float32)
+    with torch.no_grad():
+        router.get_buffer("mean_ED").copy_(torch.eye(2, 16))
+    probs_TE = router(-torch.ones(3, 16), context(temperature=0.01)).probs_TE
+    torch.testing.assert_close(probs_TE, torch.full((3, 2), 0.5))

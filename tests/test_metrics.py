@@ -59,6 +59,7 @@ def test_ceilings_of_top_2():
 def test_dead_is_below_one_percent_of_the_mean():
     # 400 choices, mean 100, so that the line is at 1: an expert with 1 lives.
     assert load.dead_experts(torch.tensor([[200, 199, 1, 0], [201, 197, 1, 1]])).tolist() == [1, 0]
+    assert load.dead_experts(torch.zeros(1, 4)).tolist() == [4]  # all ReLU gates shut
 
 
 def test_dropped_by_hand():

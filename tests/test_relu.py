@@ -12,8 +12,9 @@ import torch
 from layers import context, dense_weights, grad, make_moe, make_router, preset, randn
 from oracles import relu as oracle
 from test_default_moe import outputs
-from tiny import tiny
+from tiny import loop, tiny
 
+from moe_lab.assemble import assemble
 from moe_lab.balance.base import Layer, mean_over_layers
 from moe_lab.balance.l1_adaptive import L1Adaptive
 from moe_lab.config import build, check
@@ -153,6 +154,32 @@ def test_lambda_stays_where_the_sparsity_is_met() -> None:
     routing, where = gates((torch.eye(4) * 1.5 - 1).tolist(), 1)
     penalty().after_update([where], [penalty().statistics(routing, where)], 1.0, 0.0)
     assert float(where.state["strength"]) == 2.0
+
+
+@pytest.mark.parametrize("off", ["balance.l1_adaptive.weight", "schedule.balance"])
+def test_lambda_waits_for_its_weight(off: str) -> None:
+    """While the penalty is off it cannot answer: lambda would grow until it is infinite (after 600 updates)."""
+    curve = off + "={curve: step, start: 0, end: 1, until: 0.5}"
+    trained = loop(assemble(tiny("router=relu", "router.k=1", "balance=[l1_adaptive]", curve, "steps=5")))
+    found = []
+    for step in range(5):
+        trained.step(step)
+        found.append(float(trained.upkeep.states["l1_adaptive"][0]["strength"]))
+    assert found == pytest.approx([1e-8, 1e-8, 1.2e-8, 1.44e-8, 1.728e-8], rel=1e-6)
+
+
+@pytest.mark.parametrize("open_gates", [True, False])
+def test_lambda_comes_back_from_anywhere(open_gates: bool) -> None:
+    """A thousand updates one way and as many the other: neither infinite nor 0, from where no factor leads back."""
+    shut, wide = [[-1.0] * 4] * 4, [[0.5] * 4] * 4
+    routings = [gates(rows, 1) for rows in ((wide, shut) if open_gates else (shut, wide))]
+    where, found = routings[0][1], []
+    for routing, _ in routings:
+        for _ in range(1000):
+            penalty().after_update([where], [penalty().statistics(routing, where)], 1.0, 0.0)
+        found.append(float(where.state["strength"]))
+    first, last = found
+    assert 0 < first < float("inf") and (first > 1e3 > 1e-3 > last if open_gates else first < 1e-3 < 1e3 < last)
 
 
 def test_other_routers_have_no_gates_to_close() -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from runs import STATEFUL, differences, result
-from tiny import tiny
+from tiny import loop, tiny
 
+from moe_lab.assemble import assemble
 from moe_lab.checkpoint import newest
 from moe_lab.loop import Loop
+from moe_lab.observe.window import View
 from moe_lab.train import train
 
 # A checkpoint after update 6, of 14; it dies in update 9, between two rows.
@@ -95,3 +97,26 @@ def test_micro_batches_change_nothing(case: str, tmp_path: Path) -> None:
         found.append({name: t for name, t in state(folder).items() if name.endswith(piece)})
     assert found[0]
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_with_different_numbers_of_hidden_tokens_change_no_policy_gradient() -> None:
+    """objective=mlm: a token weighs as much as in one big batch, in the router's objective as in the task's loss."""
+    found, counts = [], []
+    for parts in (1, 4):
+        trained = loop(assemble(tiny("router=reinforce", "objective=mlm", "balance=[]", f"optim.accumulate={parts}")))
+        gradients: dict[str, torch.Tensor] = {}
+        see, weights = trained.recorder.see, dict(trained.parts.model.named_parameters())
+
+        def keep(lr: float, bad: torch.Tensor, into=gradients, of=weights) -> None:
+            into |= {name: p.grad.clone() for name, p in of.items() if p.grad is not None}
+
+        def count(view: View, see=see) -> None:
+            assert view.counted_T is not None
+            counts.append(int(view.counted_T.sum()))
+            see(view)
+
+        trained.optimizer.step, trained.recorder.see = keep, count  # pyright: ignore[reportAttributeAccessIssue]
+        trained.step(3)
+        found.append(gradients)
+    assert len(set(counts[1:])) > 1, "as many in each micro-batch: nothing to see"
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)

@@ -149,6 +149,19 @@ def test_collapse_and_recovery():
     assert len([a for a, b in itertools.pairwise(found) if a != b]) == 1
 
 
+def test_no_choice_at_all_is_a_collapse():
+    """All ReLU gates shut: no token has an expert, what divides by choices is undefined, and every expert is dead."""
+    j, nothing = judge(), [0.0] * E
+    unknown = {f"nmi_{x}{end}": None for x in ("domain", "token", "position") for end in ("", "_floor")}
+    unknown |= {"load_flutter_floor": None, "mass": nothing, "token_entropy": 1.0}
+    run(j, range(10, 60, 10))
+    found = [
+        j.see(row(step, **unknown) | {"moe/selected": [nothing], "moe/expert_loss": [[None] * E]})[0]
+        for step in range(60, 310, 10)
+    ]
+    assert found[-1] == "collapsed" and f"{E} of {E} experts are dead" in j.report()[0]["why"]
+
+
 def test_dead_experts_are_a_collapse_though_the_rest_is_even():
     load = [1.0] * 6 + [0.0] * 2  # CV is 22 % of the ceiling
     j = judge()

@@ -14,6 +14,7 @@ from moe_lab.routing import Routing
 from moe_lab.schedules import Schedule, constant
 
 Positive = Annotated[float, Field(gt=0)]
+LIMITS = 1e-30, 1e30
 
 
 @option("balance", "l1_adaptive")
@@ -22,8 +23,11 @@ class L1Adaptive(Balancer):
 
     After each update lambda <- lambda * alpha^sign((1 - k/E) - S), S the share of zero gates over all layers, as in
     the paper: one lambda for the model, so that layers may differ in how many experts they use. No gradient through
-    f. Worth lambda * E * R if all gates are R, with f as well at k = E; 0 where no gate is open.
+    f. Worth lambda * E * R if all gates are R, with f as well at k = E; 0 where no gate is open. Ours: lambda stands
+    still while the weight is 0, and stays within LIMITS, where it can neither overflow nor be 0 for good.
     """
+
+    steers = True
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class L1Adaptive(Balancer):
         target = moe.router.k / moe.experts.num
         factor = self.alpha ** torch.sign(opened / gates - target)
         for layer in layers:
-            layer.state["strength"] = layer.state["strength"] * factor
+            layer.state["strength"] = (layer.state["strength"] * factor).clamp(*LIMITS)
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:

@@ -96,7 +96,7 @@ class Layer:
         rows = self.last(PATIENCE)
         if sum(entry.window for entry in rows) < PATIENCE:
             return None
-        weights = np.array([entry.tokens for entry in rows])
+        weights = np.array([entry.tokens or 1.0 for entry in rows])  # a ReLU gate can be shut to every token
 
         def mean(name: str) -> float:
             values = np.array([entry.values[name] for entry in rows])
@@ -130,7 +130,7 @@ class Layer:
         rows = self.last(DEAD_WINDOW)
         if sum(entry.window for entry in rows) < PATIENCE:
             return 0
-        low = [x < DEAD * x.mean() for x in (sum_of(rows, "selected_E"), sum_of(rows, "mass_E"))]
+        low = [(x < DEAD * x.mean()) | (x == 0) for x in (sum_of(rows, "selected_E"), sum_of(rows, "mass_E"))]
         return int((low[0] & low[1]).sum())
 
     def _flutter(self, rows: list[Entry]) -> tuple[float, float]:
@@ -147,7 +147,9 @@ class Layer:
 
         The load some rows later against the load more rows later: if it went away and came back, the second is nearer.
         """
-        settled = [entry for entry in self.entries if entry.step > SETTLED][-HISTORY:]
+        settled = [entry for entry in self.entries if entry.step > SETTLED and entry.tokens][-HISTORY:]
+        if not settled:
+            return 0.0, 1.0
         load_RE = np.array([entry.selected_E / entry.selected_E.sum() for entry in settled])
         chance = float(np.mean([self._chance(entry) for entry in settled]))
         lags = range(1, len(settled) // 3 + 1)
@@ -162,7 +164,7 @@ class Layer:
     def _chance(self, entry: Entry) -> float:
         """Shift between two rows of this size that the sequences in them explain."""
         known = entry.values["load_flutter_floor"]
-        random = math.sqrt(max(self.E / self.k - 1, 0) / (math.pi * entry.tokens))
+        random = math.sqrt(max(self.E / self.k - 1, 0) / (math.pi * (entry.tokens or 1.0)))
         return random if math.isnan(known) else known / math.sqrt(entry.window)
 
 

@@ -241,7 +241,7 @@ declare(
 def dead_experts(counts_LE: Tensor) -> Tensor:
     """[L, E] -> [L]"""
     counts_LE = counts_LE.double()
-    return (counts_LE < DEAD * counts_LE.mean(-1, keepdim=True)).sum(-1)
+    return ((counts_LE < DEAD * counts_LE.mean(-1, keepdim=True)) | (counts_LE == 0)).sum(-1)
 
 
 declare(

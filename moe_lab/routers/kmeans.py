@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.plans import shares
 from moe_lab.routing import Choices, Context, Plan, Router, Routing, Traits
 from moe_lab.schedules import Schedule, constant
 
@@ -54,7 +53,8 @@ class KMeans(Router):
         return sharp_TE.sigmoid() if self.weight == "sigmoid" else sharp_TE.softmax(-1)
 
     def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
-        return shares(gates_TE)
+        # Of sigmoids through logarithms: a distribution also where every one of them underflows.
+        return F.logsigmoid(logits_TE / self.tau).softmax(-1) if self.weight == "sigmoid" else gates_TE
 
     def merit(self, noisy_TE: Tensor) -> Tensor:
         return noisy_TE

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from exploring import at_work
 from layers import context, make_moe, preset, randn
 from oracles import balance as oracle
 from tiny import tiny
@@ -124,6 +125,18 @@ def test_quantile_adds_up_over_micro_batches():
     update(whole, x_TE)
     update(cut, x_TE, n=4)
     assert whole.bias_E.any() and torch.equal(whole.bias_E, cut.bias_E)
+
+
+@pytest.mark.parametrize("name", ["expert_dropout", "router_dropout"])
+def test_quantile_does_not_count_who_leaves_experts_out(name: str):
+    """An expert that is out for an update would seem to need the bias of one that scores 0, and flood the next."""
+    moe, x_TD = make_moe(preset("router", "sigmoid_topk"), 16, E), randn(40, 16)
+    exploring = (at_work(name, 40, 16, E, 0.9),)
+    found = [moe.router(x_TD, context(bias_E=moe.bias_E, exploring=e)) for e in ((), exploring)]
+    noisy_TE = found[1].noisy_TE
+    assert noisy_TE is not None and noisy_TE.isinf().any(), "nobody is out"
+    clean, explored = (build("balance", {"name": "quantile"}).statistics(r, Layer(moe))["count_EB"] for r in found)
+    assert torch.equal(clean, explored)
 
 
 def test_quantile_goes_part_of_the_way_at_a_smaller_bias_rate():

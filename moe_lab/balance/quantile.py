@@ -32,7 +32,8 @@ class Quantile(MovesBias):
     def statistics(self, routing: Routing, layer: Layer) -> dict[str, Tensor]:
         assert layer.moe is not None and routing.noisy_TE is not None
         moe = layer.moe
-        merit_TE = moe.router.merit(routing.noisy_TE)
+        # -inf where an explorer leaves an expert out, which says nothing of the bias that it needs.
+        merit_TE = moe.router.merit(torch.where(routing.noisy_TE.isinf(), routing.logits_TE, routing.noisy_TE))
         next_T1 = (merit_TE + moe.bias_E).topk(moe.router.k + 1, -1).values[:, -1:]
         low, width = bins(moe.bias_E)
         bin_TE = ((next_T1 - merit_TE - low) / width).long().clamp(0, BINS - 1)

@@ -152,7 +152,7 @@ def test_collapse_and_recovery():
 def test_no_choice_at_all_is_a_collapse():
     """All ReLU gates shut: no token has an expert, what divides by choices is undefined, and every expert is dead."""
     j, nothing = judge(), [0.0] * E
-    unknown = {f"nmi_{x}{end}": None for x in ("domain", "token", "position") for end in ("", "_floor")}
+    unknown: dict[str, Any] = {f"nmi_{x}{end}": None for x in ("domain", "token", "position") for end in ("", "_floor")}
     unknown |= {"load_flutter_floor": None, "mass": nothing, "token_entropy": 1.0}
     run(j, range(10, 60, 10))
     found = [

@@ -35,7 +35,9 @@ def push(config: Mapping[str, Any], factor: float) -> Iterator[str]:
     weights = [name for name in names if (balance.get(name) or {}).get("weight")]
     moves = [(f"balance.{name}.weight", balance[name]["weight"], "balance", "balance weight") for name in weights]
     if "loss_free" in balance:
-        moves.append(("balance.loss_free.rate", balance["loss_free"]["rate"], "bias_rate", "step of the selection bias"))
+        moves.append(
+            ("balance.loss_free.rate", balance["loss_free"]["rate"], "bias_rate", "step of the selection bias")
+        )
     tips = {}
     for word, value, knob, what in moves:
         if isinstance(value, Mapping):  # a curve keeps its shape: the schedule of them all multiplies it

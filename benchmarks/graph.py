@@ -31,7 +31,8 @@ def update_of(overrides: list[str]) -> Callable[[], torch.Tensor]:
 
     def update() -> torch.Tensor:
         out, loss_T = forward(parts, batch, layers)
-        total = loss_T.sum() / batch.counted.sum() + sum(trained._terms(out, batch, loss_T.detach(), values, drawn))
+        counted = batch.counted.sum()
+        total = loss_T.sum() / counted + sum(trained._terms(out, batch, loss_T.detach(), values, drawn, counted))
         total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from benchmarks.harness import device, goal, interleave, single_thread
+from benchmarks.matrix import preset
 from moe_lab import seeding
 from moe_lab.config import build, registered
 from moe_lab.model.moe import MoE
@@ -36,13 +36,13 @@ VARIANTS = {
 
 def nodes() -> Iterator[tuple[str, dict[str, Any]]]:
     for file in sorted((CONF / "router").glob("*.yaml")):
-        node = yaml.safe_load(file.read_text())
+        node = preset("router", file.stem)
         for changes in VARIANTS.get(file.stem, [{}]):
             yield " ".join([file.stem, *(f"{k}={v}" for k, v in changes.items())]), node | changes
 
 
 def layer_of(node: Mapping[str, Any]) -> MoE:
-    experts = yaml.safe_load((CONF / "experts/swiglu.yaml").read_text()) | {"num": E, "width": F}
+    experts = preset("experts", "swiglu") | {"num": E, "width": F}
     layer = MoE(build("router", node, D, E), build("experts", experts, D, 1), 1)
     initialise(layer, 0)
     return layer.to(device())

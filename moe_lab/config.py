@@ -138,14 +138,14 @@ def check(cfg: Config) -> list[str]:
     for path, group, node in nodes(cfg):
         problems += _node_problems(path, group, node)
     if not problems:
-        whole = _complete(cfg)
+        whole = complete(cfg)
         for _, group, node in nodes(whole):
             conflicts = getattr(registered(group)[node["name"]], "conflicts", None)
             problems += conflicts(node, whole) if conflicts else []
     return problems
 
 
-def _complete(cfg: Config) -> dict[str, Any]:
+def complete(cfg: Config) -> dict[str, Any]:
     """The same config with the defaults of options that it leaves out: a preset of one's own may be short."""
     whole = dict(cfg) | {group: dict(cfg.get(group) or {}) for group in LISTS if LISTS[group]}
     for path, group, node in nodes(cfg):

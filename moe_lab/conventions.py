@@ -4,8 +4,8 @@ Shapes: L MoE layers, T tokens, B sequences of S tokens (T = B * S, batch-major)
 
 Each function takes the router's logits and gives what its framework adds to the training loss with a coefficient of 1,
 sums and means over layers as there. Formulas alone, written anew. "Run" says against which release the tests hold one;
-"read" that nothing could be installed, and that the tests hold it against the formula in plain loops. All readings are
-of November 2026.
+"read" that nothing could be installed, and that the tests hold it against the formula in plain loops; "noted" the same
+of a formula that we know from notes about its source. All readings are of November 2026.
 """
 
 import math
@@ -120,7 +120,7 @@ def first_choice(logits_LTE: Tensor, k: int, sequences: int = 1) -> Tensor:
 
 def gshard_paper(logits_LTE: Tensor, k: int, sequences: int = 1) -> Tensor:
     """1 / E sum_e (c_e / S) m_e, c_e first choices in a group of S tokens, m_e the mean gate (arXiv 2006.16668,
-    algorithm 1; public code multiplies by E^2). Read; a group is taken to be a sequence.
+    algorithm 1; public code multiplies by E^2). Noted; a group is taken to be a sequence.
 
     L / E^2 at balance, L / E at collapse.
     """
@@ -128,7 +128,7 @@ def gshard_paper(logits_LTE: Tensor, k: int, sequences: int = 1) -> Tensor:
 
 
 def nano_moe(logits_LTE: Tensor, k: int, sequences: int = 1) -> Tensor:
-    """E sum_i f_i P_i, P the mean of the softmax over the k chosen alone; every layer adds its own (nanoMoE). Read.
+    """E sum_i f_i P_i, P the mean of the softmax over the k chosen alone; every layer adds its own (nanoMoE). Noted.
 
     L k at balance, L E at collapse. An expert that nobody chose gets no gradient at all.
     """
@@ -160,7 +160,7 @@ def shazeer_importance(logits_LTE: Tensor, k: int, sequences: int = 1) -> Tensor
 
 
 def importance_of_samples(logits_LTE: Tensor, k: int, sequences: int = 1) -> Tensor:
-    """The same with the sample variance, as in the most copied PyTorch port. Read.
+    """The same with the sample variance, as in the most copied PyTorch port. Noted.
 
     0 at balance, L E at collapse onto one expert.
     """
@@ -203,11 +203,11 @@ CONVENTIONS = (
     Convention("LibMoE standard", libmoe, "switch", "L", sequence=True),
     Convention("LibMoE entropy (time)", libmoe_entropy, "entropy", "L", sequence=True),
     Convention("st-moe, Switch paper", first_choice, "gshard", "L", sequence=True, checked=ST_MOE),
-    Convention("GShard paper", gshard_paper, "gshard", "L/E^2", sequence=True),
-    Convention("nanoMoE", nano_moe),
+    Convention("GShard paper", gshard_paper, "gshard", "L/E^2", sequence=True, checked="noted"),
+    Convention("nanoMoE", nano_moe, checked="noted"),
     Convention("DeepSeek-V3", deepseek_v3, "seq_aux", "L", sequence=True),
     Convention("Shazeer", shazeer_importance, "importance", "L"),
-    Convention("its PyTorch port", importance_of_samples, "importance", "L E/(E-1)"),
+    Convention("its PyTorch port", importance_of_samples, "importance", "L E/(E-1)", checked="noted"),
     Convention("Hugging Face, OLMo-core", z_mean, "z_loss", "1", checked=TRANSFORMERS),
     Convention("st-moe, Megatron-Core", z_sum, "z_loss", "L", checked=ST_MOE),
 )

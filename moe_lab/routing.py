@@ -120,10 +120,8 @@ class Router(nn.Module):
         return None
 
     def objective(self, routing: Routing, loss_T: Tensor, counted_T: Tensor) -> Tensor | None:
-        """A loss of the router's own, 0-dim, from each token's task loss (detached, 0 where it does not count).
-
-        Of routers that want losses it is a mean over the tokens that count, and how the task trains them.
-        """
+        """A loss of the router's own, 0-dim, from each token's task loss (detached, 0 where it does not count). Of
+        routers that want losses it is a mean over the tokens that count, and the way in which the task trains them."""
         return None
 
     def init_from(self, x_TD: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from moe_lab.config import option, registered
+from moe_lab.config import complete, option, registered
 
 PosInt = Annotated[int, Field(ge=1)]
 MOST_TOKENS = 2**26  # at once: a byte vocabulary's logits alone are 64 GB then
@@ -66,6 +66,7 @@ class Settings:
 
 def leaks(cfg: Mapping[str, Any]) -> bool:
     """Whether the MoE layers show a causal model its future: such a loss cannot be compared with others."""
+    cfg = complete(cfg)
     causal = registered("objective")[cfg["objective"]["name"]].causal
     return cfg["model"]["moe"] and causal and _leak(cfg) is not None
 

@@ -204,6 +204,7 @@ SCORED = [
     "base",
     "sinkhorn",
     "expert_choice",
+    "relu",
 ]
 
 

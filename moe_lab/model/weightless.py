@@ -12,7 +12,7 @@ from moe_lab.seeding import parameter
 class Weightless(nn.Module):
     """First zero experts, E(x) = 0, then copy experts, E(x) = x, then constant experts, E(x) = a_1 x + a_2 v.
 
-    [a_1, a_2] = softmax(W_c x). v starts from N(0, 1), as in the authors' code, and W_c as small as router rows (ours),
+    [a_1, a_2] = softmax(W_c x). v starts from N(0, 1), as in public code, and W_c as small as router rows (ours),
     so that both begin at one half.
     """
 

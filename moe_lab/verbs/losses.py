@@ -78,7 +78,7 @@ def _read(asked: Namespace) -> "Tensor":
     must_be_regular(path)
     if path.suffix == ".npy":
         try:  # mapped: a header that promises more than the file holds is refused before anything is allocated
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.lib.format.open_memmap(path, mode="r")  # which refuses objects
         except (ValueError, EOFError, SyntaxError, OverflowError, MemoryError) as error:
             raise ValueError(f"{name}: no .npy of numbers ({' '.join(str(error).split())[:100]})") from None
     else:

@@ -302,6 +302,12 @@ def test_a_resumed_judge_stands_where_it_stood():
         ["router=topk", "router.k=1"],
         ["router=switch", "explore=[jitter]"],
         ["router=switch", "explore=[gaussian,reroute]"],
+        ["balance.switch.weight={curve: linear, start: 0.01, end: 0}"],
+        ["balance=[gshard]", "balance.gshard.weight={curve: step, start: 0, end: 1}"],
+        ["router=sigmoid_topk", "balance=[loss_free]", "balance.loss_free.rate={curve: linear, start: 0.1, end: 0}"],
+        ["router=relu", "balance=[l1_adaptive]"],
+        ["router=base", "allow_leak=true"],
+        ["router=lpr", "router.k=1"],
     ],
 )
 def test_remedies_are_overrides_that_the_config_takes(overrides: list[str]):

@@ -31,11 +31,19 @@ def push(config: Mapping[str, Any], factor: float) -> Iterator[str]:
     """A stronger (factor > 1) or weaker balance."""
     balance = config.get("balance") or {}
     how = "larger" if factor > 1 else "smaller"
-    weights = [name for name in ("switch", "importance", "load", "entropy") if (balance.get(name) or {}).get("weight")]
-    for name in weights:
-        yield f"balance.{name}.weight={balance[name]['weight'] * factor:g} (a {how} balance weight)"
+    names = ("switch", "importance", "load", "entropy", "gshard", "kl_uniform", "seq_aux", "squared_load")
+    weights = [name for name in names if (balance.get(name) or {}).get("weight")]
+    moves = [(f"balance.{name}.weight", balance[name]["weight"], "balance", "balance weight") for name in weights]
     if "loss_free" in balance:
-        yield f"balance.loss_free.rate={balance['loss_free']['rate'] * factor:g} (a {how} step of the selection bias)"
+        moves.append(
+            ("balance.loss_free.rate", balance["loss_free"]["rate"], "bias_rate", "step of the selection bias")
+        )
+    tips = {}
+    for word, value, knob, what in moves:
+        if isinstance(value, Mapping):  # a curve keeps its shape: the schedule of them all multiplies it
+            word, value = f"schedule.{knob}", level(config, knob) or level(config, knob, "end")
+        tips[word] = f"{word}={value * factor:g} (a {how} {what})"
+    yield from tips.values()
     if factor > 1 and not weights and "loss_free" not in balance:
         yield f"balance=[{','.join([n for n in balance if n != 'switch'] + ['switch'])}] (a balance loss)"
 
@@ -85,9 +93,10 @@ def connect(config: Mapping[str, Any]) -> Iterator[str]:
     changes = ["router.renormalise=false"] * bool(router.get("renormalise")) + ["router.order=gate_first"] * first
     if router.get("k") == 1 and changes:
         yield f"{' '.join(changes)} (a renormalised top-1 weight is always 1)"
-    if router.get("k") == 1 and (changes or router.get("name") != "switch"):
+    if router.get("k") == 1 and (changes or router.get("name") not in ("switch", "base")):
         yield "router.k=2 (two weights can trade against each other)"
-    if router.get("name") != "switch" and "load" not in (config.get("balance") or {}):  # load needs Gaussian noise
+    bound = (config.get("balance") or {}).keys() & {"load", "l1_adaptive"}  # to noisy routers, and to relu
+    if router.get("name") != "switch" and not bound:
         yield "router=switch (the output is scaled by its probability, which trains the router)"
 
 

@@ -1,9 +1,12 @@
 """docs/methods.md and the README's table say what there is, and what checks it; `moe-lab list router --traits`."""
 
+import inspect
+import re
 from pathlib import Path
 
 import pytest
 from command import moe_lab
+from mutants import run
 
 from moe_lab import methods
 from moe_lab.config import registered
@@ -25,6 +28,17 @@ def test_every_method_says_how_it_was_checked(group: str) -> None:
         assert set(entry) == {"against", "tests"} and len(entry["against"]) > 15 and entry["tests"], name
         texts = [(ROOT / test).read_text() for test in entry["tests"]]
         assert any(name in text for text in texts), f"none of {entry['tests']} names {name}"
+
+
+@pytest.mark.parametrize("group", methods.GROUPS)
+def test_every_method_has_a_planted_error(group: str) -> None:
+    """An entry of tests/mutants that begins with the method's name, in its own file or one that it builds on: a router
+    and a balance loss may have the same name."""
+    planted = {(re.split("[:,]", m.what)[0], str(ROOT / m.file)) for path in run.lists() for m in run.read(path)}
+    for name in methods.names(group):
+        own = [cls for cls in registered(group)[name].__mro__ if cls.__module__.startswith("moe_lab")]
+        files = {inspect.getfile(cls) for cls in own}
+        assert planted & {(name, file) for file in files}, f"no entry of tests/mutants plants an error in {name}"
 
 
 @pytest.mark.parametrize("group", methods.GROUPS)

@@ -55,7 +55,7 @@ def closing(status: str, summary: dict[str, Any], state: State) -> Text:
         text.append(f"train at {summary.get('steps')}  loss ")
         text.append(f"{number(summary['loss'], 3)}  ppl {number(summary.get('ppl'), 2)}\n")
     if summary.get("leaks"):
-        text.append("the router saw later tokens: these losses compare with no causal model's\n", "bold yellow")
+        text.append("later tokens had a say in routing: these losses compare with no causal model's\n", "bold yellow")
     if state.evaluation:
         text.append_text(evaluation(state.evaluation)).append("\n")
     text.append_text(verdicts(summary.get("verdicts") or []))

@@ -38,11 +38,14 @@ __all__ = [
     "Rows",
     "Scored",
     "Slots",
+    "Touches",
     "Traits",
     "best",
     "with_outputs",
 ]
 Choices = Annotated[int, Field(ge=1)]
+# What an explorer changes: the tokens as the router reads them; its logits; who can be chosen or how experts rank.
+Touches = Literal["input", "logits", "choice"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Router(nn.Module):
     draws: Mapping[str, Draw] = {}  # what else the loop draws for it
     every_expert: bool = False  # whether all experts run on all tokens
     ragged: bool = False  # whether a token may have more or fewer than k experts
-    scored: bool = True  # whether a ranking of each token's scores decides: what explorers and a selection bias move
+    scored: bool = True  # whether a ranking of each token's scores decides: what a selection bias moves
     wants_outputs: bool = False  # whether it is told the sum of each expert's outputs, extra["output_sum_ED"]
     wants_losses: bool = False  # whether `statistics` is told each token's task loss, extra["loss_T"], ["counted_T"]
     curves: Mapping[str, Curve] = {}  # what of its own moves over the run: ctx.strengths
@@ -161,15 +164,16 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
-            routing = self.route(x_TD.float() if x_TD.dtype != torch.float64 else x_TD, ctx)
+            x_TD = x_TD.float() if x_TD.dtype != torch.float64 else x_TD
+            for e in ctx.exploring:
+                x_TD = e.explorer.input(x_TD, e.drawn, e.strength)
+            routing = self.route(x_TD, ctx)
         if ctx.hard is not None:
             routing = replace(routing, plan=routing.plan.harden(ctx.hard))
         return routing
 
     def route(self, x_TD: Tensor, ctx: Context) -> Routing:
         """The decision on fp32 tokens; routers without scores per token and expert write their own."""
-        for e in ctx.exploring:
-            x_TD = e.explorer.input(x_TD, e.drawn, e.strength)
         logits_TE = self.score(x_TD, ctx)
         sharp_TE = logits_TE / ctx.knobs.temperature
         clean_TE = gates_TE = self.gate(sharp_TE)
@@ -208,6 +212,11 @@ class Router(nn.Module):
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
         """What this router promises with these options and E experts."""
         return Traits(stochastic=cls.noise != "none", flops=E / node["k"] if cls.every_expert else 1.0)
+
+    @classmethod
+    def unexplored(cls, node: Mapping[str, Any]) -> Mapping[Touches, str]:
+        """What explorers must leave alone, each with the reason, to be read after "router=NAME"."""
+        return {}
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:

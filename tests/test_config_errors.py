@@ -92,7 +92,7 @@ MISTAKES = {
     "router=reinforce explore=[reroute]": ["explore.reroute: router=reinforce learns from the probability"],
     "router=top_p explore=[reroute]": ["explore.reroute: router=top_p chooses as many experts as it takes"],
     "router=top_p explore=[second_expert]": ["explore.second_expert: router=top_p chooses as many"],
-    "router=hash explore=[jitter]": ["explore.jitter: router=hash does not choose by scores"],
+    "router=hash explore=[jitter]": ["explore.jitter: router=hash reads the token's id alone"],
     "router=dense explore=[reroute]": ["explore.reroute: router=dense gives every token to every expert"],
     "router=noisy_topk balance=[load] explore=[reroute]": ["explore.reroute: balance.load knows nothing"],
     "explore=[dropout] explore.dropout.strength=1.5": ["explore.dropout.strength=1.5: a probability must be at most 1"],

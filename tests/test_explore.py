@@ -11,10 +11,7 @@ from exploring import EXPLORERS, PROBABILITIES, at_work, explorer, in_loops
 from layers import context, dense_weights, grad, make_moe, make_router, preset, randn
 from oracles import explore as oracle
 from peers import FP32, FP64, close, gating, hf, hf_config, set_weights
-from tiny import tiny
 from torch import Tensor
-
-from moe_lab.config import check, registered
 
 T, D, E = 24, 12, 6
 ROUTERS = {
@@ -203,13 +200,6 @@ def test_second_expert_by_its_gate_is_the_random_policy_of_nllb():
     both_T = (weight_TE > 0).sum(-1) == 2
     assert 0 < int(both_T.sum()) < T
     close({"weights": (weight_TE[both_T], theirs_TE[both_T])}, FP32)
-
-
-@each_explorer
-def test_a_router_that_does_not_choose_by_scores_has_nothing_to_explore(name: str, monkeypatch: pytest.MonkeyPatch):
-    cfg = tiny("router=topk", f"explore=[{name}]")
-    monkeypatch.setattr(registered("router")["topk"], "scored", False)
-    assert check(cfg) == [f"explore.{name}: router=topk does not choose by scores; take explore=[]"]
 
 
 def test_every_explorer_is_tested_here():

@@ -77,7 +77,7 @@ CONFLICTS = {
     "router=top_p balance=[load] explore=[gaussian]": "balance.load: it is about the k best",
     "router=top_p explore=[reroute]": "router=top_p chooses as many experts as it takes",
     "router=hash balance=[loss_free]": "router=hash makes no choice by scores",
-    "router=sparsemixer explore=[gumbel]": "router=sparsemixer does not choose by scores",
+    "router=sparsemixer explore=[gumbel]": "router=sparsemixer has a gradient that is right for draws from its own",
     "router=cosine router.latent=1": "router.latent=1: must be at least 2",
 }
 

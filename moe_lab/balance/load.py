@@ -32,7 +32,10 @@ class Load(LoadLoss):
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         router = cfg["router"]
-        noise = registered("router")[router["name"]].noise
+        kind = registered("router")[router["name"]]
+        if not kind.scored:
+            return [f"balance.load: it is about each token's k best scores, router={router['name']} chooses otherwise"]
+        noise = kind.noise
         if noise != "gaussian" and "gaussian" not in cfg["explore"]:
             return [
                 f"balance.load: needs Gaussian noise on the logits, router={router['name']} has {noise}; "

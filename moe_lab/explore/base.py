@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_lab.config import registered
-from moe_lab.routing import Draw, Plan
+from moe_lab.routing import Draw, Plan, Touches
 from moe_lab.schedules import Schedule
 
 
@@ -21,6 +21,7 @@ class Explorer:
     """
 
     draws: Mapping[str, Draw] = {}
+    touches: Touches = "choice"
     overrules = False  # whether it changes the choice beside the logits: balance=[load] would not know
 
     def __init__(self, *, strength: Schedule):
@@ -53,8 +54,8 @@ class Explorer:
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         name, router = node["name"], cfg["router"]["name"]
-        if not registered("router")[router].scored:
-            return [f"explore.{name}: router={router} does not choose by scores; take explore=[]"]
+        if why := registered("router")[router].unexplored(cfg["router"]).get(cls.touches):
+            return [f"explore.{name}: router={router} {why}"]
         if cls.overrules and any(balancer["name"] == "load" for balancer in cfg["balance"].values()):
             return [f"explore.{name}: balance.load knows nothing of what it changes; take one of them"]
         return []
@@ -62,6 +63,8 @@ class Explorer:
 
 class LogitNoise(Explorer):
     """Noise added to the logits, where the router has none of its own."""
+
+    touches = "logits"
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ class Jitter(Explorer):
     As in Switch, the scores that balance losses see carry it as well.
     """
 
+    touches = "input"
     draws = {"channels": Draw("uniform", "TD")}
 
     def __init__(self, *, strength: Schedule = constant(0.01)):
@@ -29,6 +30,7 @@ class Jitter(Explorer):
 class Dropout(Explorer):
     """Each channel of x is 0 with probability strength, else x / (1 - strength): Switch's "input dropout"."""
 
+    touches = "input"
     draws = {"channels": Draw("uniform", "TD")}
 
     def __init__(self, *, strength: Probability = constant(0.1)):

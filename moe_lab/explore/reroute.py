@@ -30,7 +30,7 @@ class Reroute(SetChoice):
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
-        router = cfg["router"]["name"]
-        if registered("router")[router].every_expert:
+        found, router = super().conflicts(node, cfg), cfg["router"]["name"]
+        if not found and registered("router")[router].every_expert:
             return [f"explore.reroute: router={router} gives every token to every expert; there is none to try"]
-        return super().conflicts(node, cfg)
+        return found

@@ -38,9 +38,11 @@ class SecondExpert(SetChoice):
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
-        router = cfg["router"]
+        found, router = super().conflicts(node, cfg), cfg["router"]
+        if found:
+            return found
         if runs_every_expert(router):
             return [f"explore.second_expert: router={router['name']} runs every expert here; it needs a choice of two"]
         if router.get("k") != 2:
             return [f"explore.second_expert: needs router.k=2, this is {router.get('k')}"]
-        return super().conflicts(node, cfg)
+        return []

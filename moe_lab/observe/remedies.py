@@ -59,7 +59,7 @@ def sample(config: Mapping[str, Any], reason: str = "") -> Iterator[str]:
         yield f"router=gumbel_softmax {noise}"
     elif router.noise != "none" or explore.keys() & {"gaussian", "gumbel"}:
         yield f"schedule.noise={2 * level(config, 'noise'):g} (more noise{reason})"
-    elif router.scored:
+    elif "logits" not in router.unexplored(config.get("router") or {}):
         yield f"explore=[{','.join([*explore, 'gumbel'])}] {noise}"
 
 

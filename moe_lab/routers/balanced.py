@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_lab.assignment import balanced, prices
 from moe_lab.config import option
-from moe_lab.routing import Assignments, Choices, Context, Plan, Scored, Traits
+from moe_lab.routing import Assignments, Choices, Context, Plan, Scored, Touches, Traits
 
 
 class Balanced(Scored):
@@ -26,6 +26,10 @@ class Balanced(Scored):
 
     def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
         return F.logsigmoid(logits_TE).softmax(-1)
+
+    @classmethod
+    def unexplored(cls, node: Mapping[str, Any]) -> Mapping[Touches, str]:
+        return {"choice": "assigns all tokens of a micro-batch together; no token ranks its experts by itself"}
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_lab.config import option
 from moe_lab.plans import Mixture, best, shares
-from moe_lab.routing import Choices, Context, Router, Routing, Traits
+from moe_lab.routing import Choices, Context, Router, Routing, Touches, Traits
 from moe_lab.schedules import Schedule, constant
 from moe_lab.seeding import parameter
 
@@ -71,6 +71,11 @@ class DSelectK(Router):
             code_TKC = torch.stack([code_TKC * (1 - step_TK[..., None]), code_TKC * step_TK[..., None]], -1).flatten(-2)
         each_TKE = code_TKC[..., : self.num_experts]
         return each_TKE, (a_TK.softmax(-1)[..., None] * each_TKE).sum(1)
+
+    @classmethod
+    def unexplored(cls, node: Mapping[str, Any]) -> Mapping[Touches, str]:
+        why = "makes weights of binary digits; its experts have no scores of their own"
+        return {"logits": why, "choice": why}
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:

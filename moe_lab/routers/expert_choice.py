@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.routing import Choices, Context, Plan, Rows, Scored, Traits
+from moe_lab.routing import Choices, Context, Plan, Rows, Scored, Touches, Traits
 from moe_lab.sizes import routed
 
 Group = Literal["sequence", "micro_batch"]
@@ -55,6 +55,10 @@ class ExpertChoice(Scored):
 
     def rows_per_token(self, seq_len: int) -> float:
         return self._takes(seq_len) * self.num_experts / seq_len
+
+    @classmethod
+    def unexplored(cls, node: Mapping[str, Any]) -> Mapping[Touches, str]:
+        return {"choice": "lets experts choose their tokens; no token ranks its experts"}
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.routing import Assignments, Context, Plan, Scored, Traits
+from moe_lab.routing import Assignments, Context, Plan, Scored, Touches, Traits
 
 
 @option("router", "relu")
@@ -35,6 +35,10 @@ class ReLU(Scored):
         expert_TK = rank_TE.argsort(dim=-1, descending=True, stable=True)
         weight_TK = gates_TE.gather(1, expert_TK)
         return Assignments(expert_TK, weight_TK, self.num_experts, chosen_TK=weight_TK > 0)
+
+    @classmethod
+    def unexplored(cls, node: Mapping[str, Any]) -> Mapping[Touches, str]:
+        return {"choice": "takes every expert with a positive score; no ranking decides"}
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:

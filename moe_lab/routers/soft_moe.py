@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lab.config import option
 from moe_lab.plans import best
-from moe_lab.routing import Choices, Context, Router, Routing, Traits
+from moe_lab.routing import Choices, Context, Router, Routing, Touches, Traits
 from moe_lab.seeding import parameter
 from moe_lab.slots import Mix, Slots, before, running, whole
 
@@ -73,6 +73,11 @@ class SoftMoE(Router):
 
     def rows_per_token(self, seq_len: int) -> float:
         return -(-seq_len // self._readers(seq_len)) * len(self.phi_PD) / seq_len
+
+    @classmethod
+    def unexplored(cls, node: Mapping[str, Any]) -> Mapping[Touches, str]:
+        why = "mixes tokens into slots by weights of the slots; no token chooses an expert"
+        return {"logits": why, "choice": why}
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.routing import Assignments, Choices, Context, Draw, Plan, Scored, Traits
+from moe_lab.routing import Assignments, Choices, Context, Draw, Plan, Scored, Touches, Traits
 
 # How often an expert that is not the best one is scaled down, to what part, and the factor of the gradient.
 VERSIONS = {"v1": (0.5, 1 / 2, 2.0), "v2": (0.75, 1 / 3, 1.0)}
@@ -72,6 +72,11 @@ class SparseMixer(Scored):
         often, part, factor = self.rule
         value_T1 = torch.where(is_best_T1 | (uniform_T1 > often), weight_T1, weight_T1 * part).detach()
         return value_T1 + factor * (weight_T1 - weight_T1.detach())
+
+    @classmethod
+    def unexplored(cls, node: Mapping[str, Any]) -> Mapping[Touches, str]:
+        why = "has a gradient that is right for draws from its own distribution alone"
+        return {"logits": why, "choice": why}
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.routing import Assignments, Choices, Context, Draw, Router, Routing, Traits, best
+from moe_lab.routing import Assignments, Choices, Context, Draw, Router, Routing, Touches, Traits, best
 from moe_lab.seeding import parameter
 
 
@@ -34,6 +34,11 @@ class Unlearned(Router):
         return Routing(Assignments(expert_TK, weight_TK, self.num_experts), logits_TE, probs_TE)
 
     @classmethod
+    def unexplored(cls, node: Mapping[str, Any]) -> Mapping[Touches, str]:
+        why = "learns nothing from what it tries"
+        return {"logits": why, "choice": why}
+
+    @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
         return replace(super().traits(node, E), live=None, rows="none")
 
@@ -49,6 +54,10 @@ class Hash(Unlearned):
         assert ctx.ids_T is not None
         expert_E = torch.arange(self.num_experts, device=x_TD.device)
         return -((expert_E - ctx.ids_T[:, None]) % self.num_experts)
+
+    @classmethod
+    def unexplored(cls, node: Mapping[str, Any]) -> Mapping[Touches, str]:
+        return {**super().unexplored(node), "input": "reads the token's id alone"}
 
 
 @option("router", "random")
@@ -78,6 +87,11 @@ class Random(Unlearned):
 
     def directions_ED(self) -> Tensor | None:
         return self.weight_ED
+
+    @classmethod
+    def unexplored(cls, node: Mapping[str, Any]) -> Mapping[Touches, str]:
+        found = super().unexplored(node)
+        return {**found, "input": "draws without a look at the token"} if node["draw"] == "fresh" else found
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:

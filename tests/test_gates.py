@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from layers import context, dense_weights, grad, make_router, preset, randn
+from layers import CONF, context, dense_weights, grad, make_router, preset, randn
 from oracles import scored as oracle
 from peers import FP32, FP64, close, hf, hf_config, set_weights
 from torch import Tensor
@@ -191,21 +191,12 @@ def test_deepseek_v3_is_a_normalised_sigmoid_among_the_chosen(options: dict[str,
     close({"weights": (weight_TE, their_TE), "gradient": (gradient, grad(theirs.weight))}, FP32)
 
 
-SCORED = [
-    "dense",
-    "noisy_topk",
-    "sigmoid_topk",
-    "softmax_ste",
-    "switch",
-    "topk",
-    "top_p",
-    "cosine",
-    "lpr",
-    "base",
-    "sinkhorn",
-    "expert_choice",
-    "relu",
-]
+PRESETS = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
+SCORED = [name for name in PRESETS if "scoring" in preset("router", name)]
+
+
+def test_all_but_those_without_scores_to_learn_take_mlp_scoring():
+    assert set(PRESETS) - set(SCORED) == {"dselect_k", "hash", "kmeans", "random", "soft_moe"}
 
 
 @pytest.mark.parametrize("name", SCORED)

@@ -1,6 +1,7 @@
 """Default MoE: the running mean of what an expert says stands in for it where it does not run."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ class DefaultMoE(Scored):
         *,
         k: Choices = 2,
         rate: Schedule = constant(0.05),
+        **common: Any,
     ):
-        super().__init__(dim, num_experts, k=k)
+        super().__init__(dim, num_experts, k=k, **common)
         self.rate = rate
         self.register_buffer("mean_ED", torch.zeros(num_experts, dim))
 

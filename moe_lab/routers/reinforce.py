@@ -1,7 +1,7 @@
 """REINFORCE: experts are sampled, and the router learns from the task loss that followed."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +44,9 @@ class Reinforce(Scored):
         baseline: Literal["none", "mean", "critic"] = "critic",
         rate: Schedule = constant(0.05),
         entropy: Schedule = constant(0.01),
+        **common: Any,
     ):
-        super().__init__(dim, num_experts, k=k)
+        super().__init__(dim, num_experts, k=k, **common)
         self.baseline, self.rate, self.curves = baseline, rate, {"entropy": entropy}
         self.register_buffer("running_2", torch.zeros(2))  # the loss of an update's tokens and their number
         self.critic_1D = parameter(1, dim, std=0.0) if baseline == "critic" else None

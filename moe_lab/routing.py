@@ -219,6 +219,14 @@ class Router(nn.Module):
         return {}
 
     @classmethod
+    def unlimited(cls, node: Mapping[str, Any]) -> str | None:
+        """Why there is no capacity that could limit its choice, to be read after "router=NAME"; None: there is."""
+        if cls.every_expert or node.get("backward") == "dense":
+            instead = "; router.backward=selected does not" if "backward" in node else ""
+            return f"runs every expert on every token{instead}"
+        return None
+
+    @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         """Combinations that cannot work, one line each."""
         E, k = routed(cfg)
@@ -228,11 +236,8 @@ class Router(nn.Module):
             there += f" and {free} without a network" if free else ""
             return [f"router.k={node['k']}: at most {there} can be chosen"]
         capacity = cfg["experts"]["capacity_factor"]
-        if capacity is not None and (cls.every_expert or node.get("backward") == "dense"):
-            return [
-                f"experts.capacity_factor={capacity}: router={node['name']} runs every expert on every token; "
-                "capacity limits a choice (router.backward=selected where the router has it)"
-            ]
+        if capacity is not None and (why := cls.unlimited(node)):
+            return [f"experts.capacity_factor={capacity}: router={node['name']} {why}"]
         return []
 
 

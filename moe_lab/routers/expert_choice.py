@@ -66,16 +66,15 @@ class ExpertChoice(Scored):
         return Traits(causal=False, batch_independent=alone, dropless=False, flops=min(node["capacity"], E / node["k"]))
 
     @classmethod
+    def unlimited(cls, node: Mapping[str, Any]) -> str:
+        return "fills every expert by itself; router.capacity says how far"
+
+    @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
-        found, limit, (E, k) = super().conflicts(node, cfg), cfg["experts"]["capacity_factor"], routed(cfg)
+        found, (E, k) = super().conflicts(node, cfg), routed(cfg)
         if not found and node["capacity"] * k > E:
             found.append(
                 f"router.capacity={node['capacity']:g}: at most {E / k:g} with router.k={node['k']} of "
                 f"experts.num={cfg['experts']['num']}; then each expert takes all tokens"
-            )
-        if limit is not None:
-            found.append(
-                f"experts.capacity_factor={limit}: router=expert_choice fills every expert by itself; "
-                "router.capacity says how far"
             )
         return found

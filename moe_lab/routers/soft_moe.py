@@ -85,6 +85,10 @@ class SoftMoE(Router):
         return Traits(causal=node["causal"] != "none", flops=E * node["slots"] / node["k"] if alone else None)
 
     @classmethod
+    def unlimited(cls, node: Mapping[str, Any]) -> str:
+        return "gives every expert the same number of slots, which cannot overflow; router.slots says how many"
+
+    @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         found = super().conflicts(node, cfg)
         if node["causal"] == "blocks" and node["block"] >= cfg["seq_len"]:

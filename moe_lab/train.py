@@ -74,7 +74,7 @@ class Training:
         self.loop, self.evaluator = Loop(parts, recorder), Evaluator(parts)
         self.state = State(self.loop, self.evaluator)
         E = moes[0].experts.num if moes else 1
-        self.judge = Judge(E, moes[0].router.k if moes else 1, domains, run.cfg)
+        self.judge = Judge(E, moes[0].router.active if moes else 1, domains, run.cfg)
         self.earlier = 0.0  # seconds that earlier attempts took
         self.last_eval: dict[str, Any] = {}
         self.last: dict[str, Any] = {}

@@ -234,7 +234,8 @@ declare(
     floor=f"0 once {DEAD_WINDOW} updates hold some hundred tokens per expert",
     floor_at=lambda T, E, k: 0.0,
     worst="max",
-    reads="Experts without tokens get no gradient and do not come back by themselves.",
+    reads="Experts without tokens get no gradient and do not come back by themselves. Undefined where all experts "
+    "shape every token's output (dense mixtures, Soft MoE): their counts are of the k largest weights.",
 )
 
 

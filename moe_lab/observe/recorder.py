@@ -72,7 +72,7 @@ class Recorder:
             "load_min_max": load.min_max(selected_LE),
             "load_entropy": load.load_entropy(selected_LE),
             "effective_experts": load.effective_experts(selected_LE),
-            "dead_experts": load.dead_experts(torch.stack([counts_LE for _, counts_LE in self.recent]).sum(0)),
+            "dead_experts": self._dead(),
             "dropped_fraction": load.dropped_fraction(selected_LE, kept_LE),
         }
         arrays = {"selected": selected_LE, "kept": kept_LE, "dropped": selected_LE - kept_LE, "top1": sums["top1"]}
@@ -127,6 +127,12 @@ class Recorder:
             "load_flutter_floor": dynamics.flutter_floor(in_update_L, window.sequences / max(window.updates, 1)),
             "load_shift": unknown_L if before is None else dynamics.total_variation(sums["selected"], before),
         }
+
+    def _dead(self) -> Tensor:
+        """Dead experts per layer [L]; NaN where all experts shape every token, chosen or not."""
+        dead_L = load.dead_experts(torch.stack([counts_LE for _, counts_LE in self.recent]).sum(0)).double()
+        soft_L = torch.tensor([moe.router.active > moe.router.k for moe in self.moes])
+        return dead_L.masked_fill(soft_L.to(dead_L.device), math.nan)
 
     def _remember(self, counts_LE: Tensor) -> None:
         """Keep the newest rows that together hold DEAD_WINDOW updates."""

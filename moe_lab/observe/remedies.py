@@ -13,6 +13,8 @@ def remedies(verdict: str, spread: float, dead: int, config: Mapping[str, Any]) 
 
     spread: gap between the per-expert losses over the loss. config: the run's, {} takes the defaults.
     """
+    if not router_of(config).learns:
+        return []
     if verdict == "collapsed" or (verdict == "healthy" and dead):
         return [*push(config, 10), *sample(config), *soften(config)]
     if verdict == "frozen":
@@ -27,8 +29,15 @@ def remedies(verdict: str, spread: float, dead: int, config: Mapping[str, Any]) 
     return []
 
 
+def router_of(config: Mapping[str, Any]) -> type[Router]:
+    """The class of the run's router."""
+    return registered("router").get((config.get("router") or {}).get("name") or "gumbel_ste", Router)
+
+
 def push(config: Mapping[str, Any], factor: float) -> Iterator[str]:
-    """A stronger (factor > 1) or weaker balance."""
+    """A stronger (factor > 1) or weaker balance, where the load is not even by itself."""
+    if router_of(config).even:
+        return
     balance = config.get("balance") or {}
     how = "larger" if factor > 1 else "smaller"
     names = ("switch", "importance", "load", "entropy", "gshard", "kl_uniform", "seq_aux", "squared_load")
@@ -51,7 +60,7 @@ def push(config: Mapping[str, Any], factor: float) -> Iterator[str]:
 def sample(config: Mapping[str, Any], reason: str = "") -> Iterator[str]:
     """Noise, so that tokens try experts that the router would not pick."""
     name, explore = (config.get("router") or {}).get("name"), config.get("explore") or {}
-    router = registered("router").get(name or "gumbel_ste", Router)
+    router = router_of(config)
     noise = f"(noise{reason or ': every expert is tried'})"
     if name == "softmax_ste":
         yield f"router=gumbel_ste {noise}"

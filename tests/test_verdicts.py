@@ -344,6 +344,30 @@ def test_remedies_are_overrides_that_the_config_takes(overrides: list[str]):
 
 
 @pytest.mark.parametrize(
+    "balance, first",
+    [
+        (["balance=[gshard]"], "balance.gshard.weight=0.1"),
+        (["balance=[z_loss,kl_uniform]"], "balance.kl_uniform.weight=0.1"),
+        (["balance=[z_loss]"], "balance=[z_loss,switch]"),
+        (["balance=[entropy]", "balance.entropy.of=token"], "balance=[entropy,switch]"),
+        (["balance=[loss_free]"], "balance.loss_free.rate=0.05"),
+        (["balance=[quantile]"], "schedule.noise=2"),
+        (
+            ["balance=[gshard]", "balance.gshard.weight={start:0.01,end:0.002,curve:linear}"],
+            "schedule.balance=10",
+        ),
+    ],
+)
+def test_a_stronger_push_by_what_balances_already(balance: list[str], first: str):
+    cfg = tiny("router=noisy_topk", *balance)
+    found = remedies("collapsed", 0.0, 0, cfg)[0].split(" (")[0]
+    assert found == first
+    assert (
+        tiny("router=noisy_topk", *(["balance=[]"] if first.startswith("balance=") else balance), *found.split()) != cfg
+    )
+
+
+@pytest.mark.parametrize(
     "router, explore, tip",
     [
         ("topk", [], "explore=[gumbel]"),

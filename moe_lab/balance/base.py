@@ -67,6 +67,11 @@ class Balancer:
             self.after_step(layer, of_layer, rate, progress)
 
     @classmethod
+    def spreads(cls, node: Mapping[str, Any]) -> bool:
+        """Whether its loss, with these options, pushes tokens to experts that have few."""
+        return False
+
+    @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         return []
 

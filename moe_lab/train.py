@@ -20,7 +20,7 @@ from moe_lab.observe.recorder import Recorder
 from moe_lab.observe.verdict import Judge
 from moe_lab.run import Run, Stop, outcome, read_status, same_run
 from moe_lab.secrecy import redacted
-from moe_lab.settings import leaks, quick
+from moe_lab.settings import idle, leaks, quick
 from moe_lab.sinks.base import Sink
 from moe_lab.sinks.console import Console
 from moe_lab.state import State
@@ -221,6 +221,7 @@ class Training:
             "dtype": str(parts.dtype).removeprefix("torch."),
             "resumed_from": self.began_at or None,
             "leaks": leaks(self.run.cfg),
+            "idle": idle(self.run.cfg),
             "tags": ["leaks the future"] * leaks(self.run.cfg),
         }
 

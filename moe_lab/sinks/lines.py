@@ -36,8 +36,8 @@ def verdict_line(step: int, layer: int, old: str | None, new: str, why: str) -> 
 
 
 def start_lines(run_dir: str, facts: dict[str, Any]) -> list[str]:
-    """Where this run's data goes."""
-    lines = [*facts.get("destinations", []), f"run directory: {run_dir}"]
+    """Where this run's data goes, and what of its config has nothing to do."""
+    lines = [*facts.get("destinations", []), f"run directory: {run_dir}", *facts.get("idle", [])]
     if facts.get("resumed_from") is not None:
         lines.append(f"resumed from step {facts['resumed_from']}")
     return [clean(hide(line)) for line in lines if line]

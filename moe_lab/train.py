@@ -13,7 +13,7 @@ from typing import Any
 from moe_lab import checkpoint, reading
 from moe_lab.assemble import assemble, prepare
 from moe_lab.config import build, registered
-from moe_lab.cost import cost
+from moe_lab.cost import cost, measured
 from moe_lab.evaluate import Evaluator
 from moe_lab.loop import Loop, Parts
 from moe_lab.observe.recorder import Recorder
@@ -202,7 +202,7 @@ class Training:
             "eval": {key.removeprefix("eval/"): v for key, v in self.last_eval.items() if isinstance(v, int | float)},
             "verdicts": self.judge.report(),
             "final": scalars,
-            "cost": cost(self.parts),
+            "cost": cost(self.parts) | measured(self.parts.model.moes, row),
             "leaks": leaks(self.run.cfg),
             "wall_s": self.earlier + time.monotonic() - self.run.started,
         }
@@ -216,6 +216,7 @@ class Training:
             "layers": len(moes),
             "experts": moes[0].experts.num if moes else 0,
             "k": moes[0].router.k if moes else 0,
+            "k_at_most": moes[0].router.most_per_token() if moes else 0,
             "steps": parts.settings.steps,
             "device": str(parts.device),
             "dtype": str(parts.dtype).removeprefix("torch."),

@@ -14,8 +14,8 @@ import rich
 from made_rows import made_facts, made_rows, made_summary
 from rich.console import Console as RichConsole
 
+from moe_lab.sinks import board, lines
 from moe_lab.sinks import console as terminal
-from moe_lab.sinks import lines
 from moe_lab.sinks.board import State, bars, clock, count, dashboard, trend
 from moe_lab.sinks.console import Console
 from moe_lab.sinks.lines import ranges
@@ -281,6 +281,11 @@ def test_small_formats():
     assert trend([1.0, 2.5, float("nan"), 3.0]) == "▁▆█"
     assert trend([]) == "" and trend([2.0, 2.0]) == "▁▁"
     assert ranges([0, 1, 2, 5]) == "0-2, 5" and ranges([]) == ""
+
+
+def test_how_many_experts_a_token_gets_is_no_number_where_the_data_decides():
+    assert board.headline(made_facts(k_at_most=1)) == "topk on clusters, 2 MoE layers of 4 experts, 1 per token"
+    assert "of 4 experts, up to 4 per token" in board.headline(made_facts(k_at_most=4))
 
 
 def test_where_all_experts_shape_every_token_their_weights_are_shown_and_none_is_called_dead():

@@ -225,6 +225,16 @@ def effective_experts(counts_LE: Tensor) -> Tensor:
 
 
 declare(
+    "experts_per_token",
+    TOPIC,
+    "sum_e(c_e) / T",
+    span=("0", "E"),
+    balanced="k",
+    collapsed="k",
+    reads="Choices per token, before capacity: k, but where the data decides (relu, top_p, expert_choice), or an "
+    "explorer leaves out a second expert.",
+)
+declare(
     "dead_experts",
     TOPIC,
     f"#{{e: c_e < {DEAD} mean(c)}} over the last {DEAD_WINDOW} updates (the rows that hold them), or all so far",

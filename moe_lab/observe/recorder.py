@@ -47,7 +47,7 @@ class Recorder:
         if self.window is None:
             return {}
         sums, sizes = self.window.sums, self.window.sizes
-        found = {**self._load(sums, sizes.k), **self._gate(sums, self.window.tokens, sizes.E)}
+        found = {**self._load(sums, self.window.tokens, sizes.k), **self._gate(sums, self.window.tokens, sizes.E)}
         found |= self._known(self.window)
         found |= self._geometry()
         if not evaluation:
@@ -59,7 +59,7 @@ class Recorder:
         self.window.reset()
         return row
 
-    def _load(self, sums: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    def _load(self, sums: dict[str, Tensor], tokens: int, k: int) -> dict[str, Tensor]:
         selected_LE, kept_LE = sums["selected"], sums["kept"]
         self._remember(selected_LE.clone())
         found = {
@@ -72,6 +72,7 @@ class Recorder:
             "load_min_max": load.min_max(selected_LE),
             "load_entropy": load.load_entropy(selected_LE),
             "effective_experts": load.effective_experts(selected_LE),
+            "experts_per_token": selected_LE.sum(-1) / tokens,
             "dead_experts": self._dead(),
             "dropped_fraction": load.dropped_fraction(selected_LE, kept_LE),
         }

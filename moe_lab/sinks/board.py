@@ -103,7 +103,8 @@ def headline(facts: dict[str, Any]) -> str:
     """Router, dataset and size in one line."""
     router, dataset = clean(str(facts.get("router"))), clean(str(facts.get("dataset")))
     size = f"{facts['layers']} MoE layers of {facts['experts']} experts" if facts.get("layers") else "no MoE layers"
-    chosen = f", {facts['k']} per token" if facts.get("layers") and facts.get("k") else ""
+    k, most = facts.get("k", 0), facts.get("k_at_most", 0)
+    chosen = f", {f'up to {most}' if most > k else k} per token" if facts.get("layers") and k else ""
     leak = ", leaks the future" if facts.get("leaks") else ""
     return f"{router} on {dataset}, {size}{chosen}{leak}"
 

@@ -30,6 +30,8 @@ VARIANTS = {
     "softmax_ste": [{}, {"backward": "dense"}],
     "gumbel_ste": [{}, {"backward": "dense"}],
     "soft_moe": [{}, {"causal": "blocks"}, {"causal": "prefix"}],
+    "sparsemixer": [{}, {"version": "v1"}],
+    "random": [{}, {"draw": "fresh"}],
     "topk": [{}, {"gate": "sigmoid"}, {"scoring": "mlp"}],
 }
 
@@ -92,10 +94,9 @@ def label(node: Mapping[str, Any]) -> str:
     """Why a router has no target, or nothing."""
     cls = registered("router")[node["name"]]
     traits = cls.traits(node, E)
+    by = "by the data" if cls.ragged else "by the sequence's length"
     across = [] if traits.causal and traits.batch_independent else ["looks across tokens"]
-    return ", ".join(
-        across + ["by the data"] * (traits.flops is None) + ["every expert runs"] * bool((traits.flops or 0) > 1)
-    )
+    return ", ".join(across + [by] * (traits.flops is None) + ["every expert runs"] * bool((traits.flops or 0) > 1))
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """What a run costs, counted analytically: parameters, and multiply-add FLOPs per token and update."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_lab.loop import Parts
@@ -17,7 +18,7 @@ def cost(parts: Parts) -> dict[str, Any]:
     flops_per_token: what is executed. useful_flops_per_token: without padding, and without experts that run for the
     router's gradient alone. Where experts differ, in width or by having no network, a token meets their mean, which is
     right for even load. Where the data decides how many experts a token gets, k are reckoned with, and `..._at_most`
-    says what it can come to.
+    says what it can come to; a summary's `experts_executed_measured` is what it came to in the last row.
     """
     model, S = parts.model, parts.settings.seq_len
     layers = [expert_weights(moe, S) for moe in model.moes]
@@ -49,3 +50,12 @@ def counts(moe: MoE, seq_len: int) -> dict[str, Any]:
     found |= {"experts_chosen": router.k, "experts_active": router.active, "experts_executed": rows}
     found |= {"experts_executed_at_most": router.most_per_token()} if router.ragged else {}
     return found | {"executed_over_chosen": rows / router.k}
+
+
+def measured(moes: Sequence[MoE], row: Mapping[str, Any]) -> dict[str, float]:
+    """Experts that ran per token in the last row, mean over layers, where the data decides how many."""
+    mean = row.get("moe/experts_per_token/mean")
+    if mean is None or not any(moe.router.ragged for moe in moes):
+        return {}
+    selected, kept = (sum(map(sum, row[f"moe/{name}"])) for name in ("selected", "kept"))
+    return {"experts_executed_measured": mean * kept / max(selected, 1)}

@@ -78,6 +78,8 @@ class Router(nn.Module):
     noise: str = "none"  # the distribution of its own logit noise: none, gaussian, gumbel
     draws: Mapping[str, Draw] = {}  # what else the loop draws for it
     every_expert: bool = False  # whether all experts run on all tokens
+    learns: bool = True  # whether anything of it moves: parameters, or buffers after an update
+    even: bool = False  # whether in training all experts get equally many rows, whatever the scores (up to rounding)
     ragged: bool = False  # whether a token may have more or fewer than k experts
     scored: bool = True  # whether a ranking of each token's scores decides: what a selection bias moves
     wants_outputs: bool = False  # whether it is told the sum of each expert's outputs, extra["output_sum_ED"]

@@ -80,6 +80,20 @@ def _leak(cfg: Mapping[str, Any]) -> str | None:
     return "experts.drop=probability" if by_weight else None
 
 
+def idle(cfg: Mapping[str, Any]) -> list[str]:
+    """A line for balance losses that have nothing to do with this router."""
+    cfg = complete(cfg)
+    name, kinds = cfg["router"]["name"], registered("balance")
+    router, weighed = registered("router")[name], [n for n, node in cfg["balance"].items() if node.get("weight")]
+    if not cfg["model"]["moe"]:
+        return []
+    if not router.learns and (names := [n for n in weighed if kinds[n].for_router]):
+        return [f"balance=[{','.join(names)}] reaches no parameter: router={name} has none that is trained"]
+    if router.even and (names := [n for n in weighed if kinds[n].spreads(cfg["balance"][n])]):
+        return [f"balance=[{','.join(names)}] has little to do: router={name} loads all experts alike by itself"]
+    return []
+
+
 def quick(cfg: dict[str, Any]) -> dict[str, Any]:
     """fast=true: the same config cut down to a few steps that still log, evaluate and write a checkpoint."""
     steps = min(6, cfg["steps"])

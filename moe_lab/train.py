@@ -13,14 +13,14 @@ from typing import Any
 from moe_lab import checkpoint, reading
 from moe_lab.assemble import assemble, prepare
 from moe_lab.config import build, registered
-from moe_lab.cost import cost
+from moe_lab.cost import cost, measured
 from moe_lab.evaluate import Evaluator
 from moe_lab.loop import Loop, Parts
 from moe_lab.observe.recorder import Recorder
 from moe_lab.observe.verdict import Judge
 from moe_lab.run import Run, Stop, outcome, read_status, same_run
 from moe_lab.secrecy import redacted
-from moe_lab.settings import leaks, quick
+from moe_lab.settings import idle, leaks, quick
 from moe_lab.sinks.base import Sink
 from moe_lab.sinks.console import Console
 from moe_lab.state import State
@@ -74,7 +74,7 @@ class Training:
         self.loop, self.evaluator = Loop(parts, recorder), Evaluator(parts)
         self.state = State(self.loop, self.evaluator)
         E = moes[0].experts.num if moes else 1
-        self.judge = Judge(E, moes[0].router.k if moes else 1, domains, run.cfg)
+        self.judge = Judge(E, moes[0].router.active if moes else 1, domains, run.cfg)
         self.earlier = 0.0  # seconds that earlier attempts took
         self.last_eval: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
@@ -202,7 +202,7 @@ class Training:
             "eval": {key.removeprefix("eval/"): v for key, v in self.last_eval.items() if isinstance(v, int | float)},
             "verdicts": self.judge.report(),
             "final": scalars,
-            "cost": cost(self.parts),
+            "cost": cost(self.parts) | measured(self.parts.model.moes, row),
             "leaks": leaks(self.run.cfg),
             "wall_s": self.earlier + time.monotonic() - self.run.started,
         }
@@ -216,11 +216,13 @@ class Training:
             "layers": len(moes),
             "experts": moes[0].experts.num if moes else 0,
             "k": moes[0].router.k if moes else 0,
+            "k_at_most": moes[0].router.most_per_token() if moes else 0,
             "steps": parts.settings.steps,
             "device": str(parts.device),
             "dtype": str(parts.dtype).removeprefix("torch."),
             "resumed_from": self.began_at or None,
             "leaks": leaks(self.run.cfg),
+            "idle": idle(self.run.cfg),
             "tags": ["leaks the future"] * leaks(self.run.cfg),
         }
 

@@ -14,6 +14,7 @@ import rich
 from made_rows import made_facts, made_rows, made_summary
 from rich.console import Console as RichConsole
 
+from moe_lab.sinks import board, lines
 from moe_lab.sinks import console as terminal
 from moe_lab.sinks.board import State, bars, clock, count, dashboard, trend
 from moe_lab.sinks.console import Console
@@ -280,3 +281,17 @@ def test_small_formats():
     assert trend([1.0, 2.5, float("nan"), 3.0]) == "▁▆█"
     assert trend([]) == "" and trend([2.0, 2.0]) == "▁▁"
     assert ranges([0, 1, 2, 5]) == "0-2, 5" and ranges([]) == ""
+
+
+def test_how_many_experts_a_token_gets_is_no_number_where_the_data_decides():
+    assert board.headline(made_facts(k_at_most=1)) == "topk on clusters, 2 MoE layers of 4 experts, 1 per token"
+    assert "of 4 experts, up to 4 per token" in board.headline(made_facts(k_at_most=4))
+
+
+def test_where_all_experts_shape_every_token_their_weights_are_shown_and_none_is_called_dead():
+    row, timing = made_rows()[-1]
+    soft = row | {"moe/dead_experts": [None, None], "moe/gate_mass": [[1.0] * 4] * 2}
+    soft |= {"moe/gate_mass_cv": [0.25, 0.5], "moe/gate_mass_cv/worst": 0.5}
+    line = lines.step_line(soft, timing, 6)
+    assert "worst weight cv 0.50" in line and "dead" not in line
+    assert "dead" in lines.step_line(row, timing, 6) and "weight" not in lines.step_line(row, timing, 6)

@@ -70,6 +70,25 @@ def test_top_p_is_judged_by_its_best_expert_too_and_tells_the_most_that_it_can_c
     assert ran.rows[-1]["eval/loss_top1"] != ran.rows[-1]["eval/loss"]
     assert all(16 < sum(counts) <= 3 * 16 for counts in ran.each("selected"))
     assert ran.summary["cost"]["experts_executed_at_most"] == 3
+    counts, ran_per_token = ran.rows[-1]["moe/selected"], ran.rows[-1]["moe/experts_per_token"]
+    tokens = 16 * ran.rows[-1]["window"]
+    assert ran_per_token == [sum(of_layer) / tokens for of_layer in counts]
+    mean = sum(ran_per_token) / len(counts)
+    assert ran.summary["cost"]["experts_executed_measured"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_what_the_capacity_took_away_did_not_run() -> None:
+    ran = run("router=top_p", "router.p=0.9", "experts.capacity_factor=0.5")
+    kept, tokens = ran.rows[-1]["moe/kept"], 16 * ran.rows[-1]["window"]
+    assert sum(map(sum, kept)) < sum(map(sum, ran.rows[-1]["moe/selected"]))
+    mean = sum(map(sum, kept)) / len(kept) / tokens
+    assert ran.summary["cost"]["experts_executed_measured"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_what_is_known_beforehand_is_not_measured() -> None:
+    ran = run("router=topk")
+    assert ran.each("experts_per_token") == [2.0] * 2 * len(ran.rows)
+    assert "experts_executed_measured" not in ran.summary["cost"]
 
 
 CONFLICTS = {

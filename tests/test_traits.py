@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_lab import seeding
 from moe_lab.config import registered
 from moe_lab.model.moe import MoE
-from moe_lab.routing import Context, Routing, Traits
+from moe_lab.routing import Context, Router, Routing, Traits
 
 B, S, D, E = 3, 12, 16, 6
 T = B * S
@@ -110,6 +110,18 @@ def test_live(node: dict[str, Any]) -> None:
     assert parameters
     ratio = norm(p.grad for p in parameters if p.grad is not None) / norm(p.grad for p in moe.experts.parameters())
     assert ratio > 1e-2 if declared(node).live else ratio < 1e-8
+
+
+@every
+def test_learns_and_even(node: dict[str, Any]) -> None:
+    """What learns has a parameter or moves after an update; what is even runs as many rows of each expert."""
+    moe, (x_TD, ids_T) = built(node), tokens()
+    router = moe.router
+    moves = type(router).after_step is not Router.after_step
+    assert router.learns == (moves or any(p.requires_grad for p in router.parameters()))
+    rows_E = run(moe, x_TD, ids_T, training=True)[1].plan.counts_E
+    if router.even:
+        assert rows_E.max() - rows_E.min() <= 1
 
 
 @every

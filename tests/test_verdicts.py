@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny
 
 from moe_lab.observe.remedies import remedies
-from moe_lab.observe.verdict import FROZEN, VERDICTS, Judge
+from moe_lab.observe.verdict import FROZEN, UNLEARNED, VERDICTS, Judge
 
 E, TOKENS = 8, 512  # tokens per update
 EVEN = [1.0] * E
@@ -50,6 +50,7 @@ STATES: dict[str, dict[str, Any]] = {
     "oscillating": {"load_flutter": 0.4},
     "frozen": {"ratio": 1e-6},
 }
+FIXED: dict[str, Any] = {"router": {"name": "hash", "k": 1}, "balance": CONFIG["balance"]}
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -60,7 +61,29 @@ def test_each_state(state: str):
     told = j.report()[0]
     assert told["verdict"] == state and told["layer"] == 0 and told["since"] and told["why"].count(".") < 12
     assert bool(told["remedies"]) == (state != "healthy")
-    assert set(STATES) == set(VERDICTS)
+    assert {*STATES, UNLEARNED} == set(VERDICTS)
+
+
+@pytest.mark.parametrize("name", ["hash", "random"])
+def test_a_router_that_learns_nothing_says_what_its_load_is_and_gets_no_advice(name: str):
+    for state in STATES.values():
+        j = Judge(E, 1, 4, FIXED | {"router": {"name": name, "k": 1}})
+        assert set(run(j, range(10, 310, 10), **state)) == {None, UNLEARNED}
+        told = j.report()[0]
+        assert told["remedies"] == [] and "nothing to train" in told["why"] and "load CV" in told["why"]
+    assert "collapsed" not in run(Judge(E, 1, 4, FIXED), range(10, 60, 10), ONE)
+
+
+@pytest.mark.parametrize("name", ["base", "expert_choice", "soft_moe"])
+def test_no_balance_weight_where_the_load_is_even_by_itself(name: str):
+    cfg = {"router": {"name": name, "k": 1}, "balance": CONFIG["balance"]}
+    assert not [tip for verdict in VERDICTS for tip in remedies(verdict, 0.5, 1, cfg) if tip.startswith("balance")]
+
+
+def test_a_share_below_chance_is_none():
+    j = judge()
+    run(j, range(10, 310, 10), nmi_domain=0.0, nmi_token=0.0, nmi_position=0.0)
+    assert "tells 0.0% of the domain" in j.report()[0]["why"] and "(0% of the token)" in j.report()[0]["why"]
 
 
 def test_nothing_is_said_too_early():
@@ -308,6 +331,8 @@ def test_a_resumed_judge_stands_where_it_stood():
         ["router=relu", "balance=[l1_adaptive]"],
         ["router=base", "allow_leak=true"],
         ["router=lpr", "router.k=1"],
+        ["router=soft_moe", "allow_leak=true"],
+        ["router=kmeans", "balance=[loss_free]"],
     ],
 )
 def test_remedies_are_overrides_that_the_config_takes(overrides: list[str]):
@@ -318,6 +343,30 @@ def test_remedies_are_overrides_that_the_config_takes(overrides: list[str]):
         replaced = override.partition("=")[0]
         kept = [o for o in overrides if not o.startswith((f"{replaced}=", *[f"{replaced}."] * ("." not in replaced)))]
         assert tiny(*kept, override) != cfg, tip
+
+
+@pytest.mark.parametrize(
+    "balance, first",
+    [
+        (["balance=[gshard]"], "balance.gshard.weight=0.1"),
+        (["balance=[z_loss,kl_uniform]"], "balance.kl_uniform.weight=0.1"),
+        (["balance=[z_loss]"], "balance=[z_loss,switch]"),
+        (["balance=[entropy]", "balance.entropy.of=token"], "balance=[entropy,switch]"),
+        (["balance=[loss_free]"], "balance.loss_free.rate=0.05"),
+        (["balance=[quantile]"], "schedule.noise=2"),
+        (
+            ["balance=[gshard]", "balance.gshard.weight={start:0.01,end:0.002,curve:linear}"],
+            "schedule.balance=10",
+        ),
+    ],
+)
+def test_a_stronger_push_by_what_balances_already(balance: list[str], first: str):
+    cfg = tiny("router=noisy_topk", *balance)
+    found = remedies("collapsed", 0.0, 0, cfg)[0].split(" (")[0]
+    assert found == first
+    assert (
+        tiny("router=noisy_topk", *(["balance=[]"] if first.startswith("balance=") else balance), *found.split()) != cfg
+    )
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ class Balancer:
 
     weight: Curve | None = None
     moves_bias = False
+    for_router = True  # whether its loss is one of the router's decisions or rows
     steers = False  # whether `after_update` answers to what the loss did; then it rests where the weight is 0
     draws: Mapping[str, Draw] = {}  # what the loop draws for it, per layer
 
@@ -65,6 +66,11 @@ class Balancer:
         """The same for all layers together, where one moves by what another did; else layer after layer."""
         for layer, of_layer in zip(layers, stats, strict=True):
             self.after_step(layer, of_layer, rate, progress)
+
+    @classmethod
+    def spreads(cls, node: Mapping[str, Any]) -> bool:
+        """Whether its loss, with these options, pushes tokens to experts that have few."""
+        return False
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:

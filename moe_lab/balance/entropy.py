@@ -1,6 +1,7 @@
 """Entropy of the mean gate, of each token's gate, or their difference."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -32,6 +33,10 @@ class Entropy(LoadLoss):
         super().__init__(weight=weight, **common)
         self.of = of
         self.tables = 2 if of == "mutual_information" else 1
+
+    @classmethod
+    def spreads(cls, node: Mapping[str, Any]) -> bool:
+        return node.get("of") != "token"
 
     def sums(self, routing: Routing, groups: int) -> tuple[Tensor, ...]:
         p_TE = routing.probs_TE

@@ -20,6 +20,8 @@ class OrthogonalExperts(Balancer):
     over pairs: our choice.
     """
 
+    for_router = False
+
     def __init__(self, *, weight: Schedule = constant(0.01)):
         self.weight = weight
 

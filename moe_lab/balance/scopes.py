@@ -42,6 +42,10 @@ class LoadLoss(Balancer):
     ):
         self.weight, self.scope, self.decay = weight, scope, decay
 
+    @classmethod
+    def spreads(cls, node: Mapping[str, Any]) -> bool:
+        return True
+
     def sums(self, routing: Routing, groups: int) -> tuple[Tensor, ...]:
         """Tables [G, E] of sums over the tokens of each of `groups` stretches."""
         raise NotImplementedError

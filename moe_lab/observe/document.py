@@ -50,6 +50,7 @@ and what to try. The rules, in order; the first that holds is the verdict.
 
 | verdict | holds when | try |
 |---|---|---|
+| unlearned | the router has nothing that could be trained | nothing: a control for other routers |
 | frozen | the task's gradient at the router is below {frozen:g} of the experts' (first step and evaluations), unless \
 the layer had collapsed before, which explains it | a gate that is not always 1, another router, a higher temperature |
 | collapsed since step n | load CV from {collapsed:.0%} of its ceiling on (in choices and in gate mass), or \
@@ -68,7 +69,8 @@ weaker balance; more steps |
 
 A verdict sums over the last {patience} updates; the first {settled} of a run are not judged, and a change must hold
 for {steady} rows or {updates} updates (frozen is told at once). Until then it is `null`. A verdict that stands has
-looser limits than one that begins, so that noise does not flip it. With one expert there is nothing to route: healthy.
+looser limits than one that begins, so that noise does not flip it. Where every expert shapes every token's output
+(dense mixtures, Soft MoE), the weights are judged and not the choices. With one expert there is nothing to route: healthy.
 
 The judge reads nothing but the rows of `metrics.jsonl`, so that anyone can repeat it. It judges the choice that trained
 the model, noise included: a router whose noise decides is undecided although its noise-free choice (`eval/moe/*`) may

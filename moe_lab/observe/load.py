@@ -225,6 +225,16 @@ def effective_experts(counts_LE: Tensor) -> Tensor:
 
 
 declare(
+    "experts_per_token",
+    TOPIC,
+    "sum_e(c_e) / T",
+    span=("0", "E"),
+    balanced="k",
+    collapsed="k",
+    reads="Choices per token, before capacity: k, but where the data decides (relu, top_p, expert_choice), or an "
+    "explorer leaves out a second expert.",
+)
+declare(
     "dead_experts",
     TOPIC,
     f"#{{e: c_e < {DEAD} mean(c)}} over the last {DEAD_WINDOW} updates (the rows that hold them), or all so far",
@@ -234,7 +244,8 @@ declare(
     floor=f"0 once {DEAD_WINDOW} updates hold some hundred tokens per expert",
     floor_at=lambda T, E, k: 0.0,
     worst="max",
-    reads="Experts without tokens get no gradient and do not come back by themselves.",
+    reads="Experts without tokens get no gradient and do not come back by themselves. Undefined where all experts "
+    "shape every token's output (dense mixtures, Soft MoE): their counts are of the k largest weights.",
 )
 
 

@@ -47,7 +47,7 @@ class Recorder:
         if self.window is None:
             return {}
         sums, sizes = self.window.sums, self.window.sizes
-        found = {**self._load(sums, sizes.k), **self._gate(sums, self.window.tokens, sizes.E)}
+        found = {**self._load(sums, self.window.tokens, sizes.k), **self._gate(sums, self.window.tokens, sizes.E)}
         found |= self._known(self.window)
         found |= self._geometry()
         if not evaluation:
@@ -59,7 +59,7 @@ class Recorder:
         self.window.reset()
         return row
 
-    def _load(self, sums: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+    def _load(self, sums: dict[str, Tensor], tokens: int, k: int) -> dict[str, Tensor]:
         selected_LE, kept_LE = sums["selected"], sums["kept"]
         self._remember(selected_LE.clone())
         found = {
@@ -72,7 +72,8 @@ class Recorder:
             "load_min_max": load.min_max(selected_LE),
             "load_entropy": load.load_entropy(selected_LE),
             "effective_experts": load.effective_experts(selected_LE),
-            "dead_experts": load.dead_experts(torch.stack([counts_LE for _, counts_LE in self.recent]).sum(0)),
+            "experts_per_token": selected_LE.sum(-1) / tokens,
+            "dead_experts": self._dead(),
             "dropped_fraction": load.dropped_fraction(selected_LE, kept_LE),
         }
         arrays = {"selected": selected_LE, "kept": kept_LE, "dropped": selected_LE - kept_LE, "top1": sums["top1"]}
@@ -127,6 +128,12 @@ class Recorder:
             "load_flutter_floor": dynamics.flutter_floor(in_update_L, window.sequences / max(window.updates, 1)),
             "load_shift": unknown_L if before is None else dynamics.total_variation(sums["selected"], before),
         }
+
+    def _dead(self) -> Tensor:
+        """Dead experts per layer [L]; NaN where all experts shape every token, chosen or not."""
+        dead_L = load.dead_experts(torch.stack([counts_LE for _, counts_LE in self.recent]).sum(0)).double()
+        soft_L = torch.tensor([moe.router.active > moe.router.k for moe in self.moes])
+        return dead_L.masked_fill(soft_L.to(dead_L.device), math.nan)
 
     def _remember(self, counts_LE: Tensor) -> None:
         """Keep the newest rows that together hold DEAD_WINDOW updates."""

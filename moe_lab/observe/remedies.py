@@ -13,6 +13,8 @@ def remedies(verdict: str, spread: float, dead: int, config: Mapping[str, Any]) 
 
     spread: gap between the per-expert losses over the loss. config: the run's, {} takes the defaults.
     """
+    if not router_of(config).learns:
+        return []
     if verdict == "collapsed" or (verdict == "healthy" and dead):
         return [*push(config, 10), *sample(config), *soften(config)]
     if verdict == "frozen":
@@ -27,31 +29,40 @@ def remedies(verdict: str, spread: float, dead: int, config: Mapping[str, Any]) 
     return []
 
 
+def router_of(config: Mapping[str, Any]) -> type[Router]:
+    """The class of the run's router."""
+    return registered("router").get((config.get("router") or {}).get("name") or "gumbel_ste", Router)
+
+
 def push(config: Mapping[str, Any], factor: float) -> Iterator[str]:
-    """A stronger (factor > 1) or weaker balance."""
+    """A stronger (factor > 1) or weaker balance, where the load is not even by itself."""
+    if router_of(config).even:
+        return
     balance = config.get("balance") or {}
     how = "larger" if factor > 1 else "smaller"
-    names = ("switch", "importance", "load", "entropy", "gshard", "kl_uniform", "seq_aux", "squared_load")
-    weights = [name for name in names if (balance.get(name) or {}).get("weight")]
-    moves = [(f"balance.{name}.weight", balance[name]["weight"], "balance", "balance weight") for name in weights]
-    if "loss_free" in balance:
-        moves.append(
-            ("balance.loss_free.rate", balance["loss_free"]["rate"], "bias_rate", "step of the selection bias")
-        )
+    known = {name: registered("balance")[name] for name in balance}
+    losses = [n for n, kind in known.items() if kind.spreads(balance[n]) and balance[n].get("weight")]
+    movers = [name for name, kind in known.items() if kind.moves_bias]
+    moves = [(f"balance.{name}.weight", balance[name]["weight"], "balance", "balance weight") for name in losses]
+    moves += [
+        (f"balance.{name}.rate", balance[name]["rate"], "bias_rate", "step of the selection bias")
+        for name in movers
+        if balance[name].get("rate")
+    ]
     tips = {}
     for word, value, knob, what in moves:
         if isinstance(value, Mapping):  # a curve keeps its shape: the schedule of them all multiplies it
             word, value = f"schedule.{knob}", level(config, knob) or level(config, knob, "end")
         tips[word] = f"{word}={value * factor:g} (a {how} {what})"
     yield from tips.values()
-    if factor > 1 and not weights and "loss_free" not in balance:
+    if factor > 1 and not losses and not movers:
         yield f"balance=[{','.join([n for n in balance if n != 'switch'] + ['switch'])}] (a balance loss)"
 
 
 def sample(config: Mapping[str, Any], reason: str = "") -> Iterator[str]:
     """Noise, so that tokens try experts that the router would not pick."""
     name, explore = (config.get("router") or {}).get("name"), config.get("explore") or {}
-    router = registered("router").get(name or "gumbel_ste", Router)
+    router = router_of(config)
     noise = f"(noise{reason or ': every expert is tried'})"
     if name == "softmax_ste":
         yield f"router=gumbel_ste {noise}"

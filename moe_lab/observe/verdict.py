@@ -1,6 +1,7 @@
 """The verdict on each layer: a fixed rule over the metrics, with the numbers that decided it and what to try next.
 
 The rules, in order; the first that holds is the verdict (thresholds.py has the numbers and their reasons):
+  unlearned                 the router has nothing that could be trained
   frozen                    the task's gradient does not reach the router, unless a collapse came before and explains it
   collapsed                 few experts get nearly everything: skewed load, or many dead experts
   oscillating               the load moves between experts and comes back
@@ -17,11 +18,12 @@ from typing import Any
 
 from moe_lab.observe import thresholds as at
 from moe_lab.observe.evidence import Evidence, Layer, ceiling
-from moe_lab.observe.remedies import remedies
+from moe_lab.observe.remedies import remedies, router_of
 
 HEALTHY, UNDECIDED, COLLAPSED = "healthy", "undecided", "collapsed"
 UNSPECIALISED, OSCILLATING, FROZEN = "balanced but unspecialised", "oscillating", "frozen"
-VERDICTS = (FROZEN, COLLAPSED, OSCILLATING, HEALTHY, UNDECIDED, UNSPECIALISED)
+UNLEARNED = "unlearned"
+VERDICTS = (UNLEARNED, FROZEN, COLLAPSED, OSCILLATING, HEALTHY, UNDECIDED, UNSPECIALISED)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Change:
 class Judge:
     """`see` each row in order. `changes` holds what the last row changed, `report()` where every layer stands.
 
+    k: experts that shape a token's output, E where all of them do and their weights are what is uneven or not.
     config: the run's config, so that the remedies start from what it has.
     """
 
@@ -51,8 +54,8 @@ class Judge:
 
     def see(self, row: Mapping[str, Any]) -> list[str | None]:
         """The verdicts after this row, one per layer, None where it is too early."""
-        L = len(row.get("moe/selected") or [])
-        self.layers = self.layers or [Standing(Layer(i, self.E, self.k, self.kind)) for i in range(L)]
+        L, learns = len(row.get("moe/selected") or []), router_of(self.config).learns
+        self.layers = self.layers or [Standing(Layer(i, self.E, self.k, self.kind), learns) for i in range(L)]
         self.changes = []
         for standing in self.layers:
             old = standing.verdict
@@ -70,8 +73,8 @@ class Judge:
 class Standing:
     """Where one layer stands, and since when."""
 
-    def __init__(self, layer: Layer):
-        self.layer = layer
+    def __init__(self, layer: Layer, learns: bool):
+        self.layer, self.learns = layer, learns
         self.verdict: str | None = None
         self.since: int | None = None
         self.evidence: Evidence | None = None
@@ -86,12 +89,15 @@ class Standing:
         skewed = entry.skew >= at.COLLAPSED.leave or self.layer.dead() >= at.DEAD_SHARE * self.layer.E
         self.skewed_since = (self.skewed_since or first) if skewed else None
         self.evidence = self.layer.evidence()
-        new = decide(self.evidence, self.verdict or self.candidate, self.layer.E, self.layer.ratio)
+        if self.learns or self.layer.E == 1:
+            new = decide(self.evidence, self.verdict or self.candidate, self.layer.E, self.layer.ratio)
+        else:
+            new = UNLEARNED if self.evidence else None
         if new != self.candidate:
             self.candidate, self.candidate_since, self.agreed = new, first, 0
         self.agreed += 1
         steady = self.agreed >= at.STEADY or entry.step - self.candidate_since + 1 >= at.STEADY_UPDATES
-        certain = new == FROZEN or self.layer.E == 1
+        certain = new in (FROZEN, UNLEARNED) or self.layer.E == 1
         if new is not None and new != self.verdict and (certain or steady):
             self.verdict = new
             self.since = self.skewed_since if new == COLLAPSED and self.skewed_since else self.candidate_since
@@ -147,13 +153,16 @@ def explain(verdict: str, e: Evidence | None, layer: Layer) -> str:
     if e is None:
         return f"router gradient {layer.ratio:.0e} of the experts' (alive above {at.FROZEN:.0e})"
     most = ceiling(layer.E, layer.k)
-    load = f"load CV {e.skew * most:.2f} is {e.skew:.0%} of its ceiling {most:.2f}"
+    load = (
+        f"{'load' if layer.k < layer.E else 'weight'} CV {e.skew * most:.2f} is {e.skew:.0%} of its ceiling {most:.2f}"
+    )
     dead = f"{e.dead} of {layer.E} experts are dead"
-    told = f"the choice tells {max(e.told, 0):.1%} of the {e.kind} beyond a chance level of {e.floor:.1%}"
-    told += f" ({e.token:.0%} of the token)" if e.kind == "domain" else ""
+    told = f"the choice tells {max(0, e.told):.1%} of the {e.kind} beyond a chance level of {e.floor:.1%}"
+    told += f" ({max(0, e.token):.0%} of the token)" if e.kind == "domain" else ""
     artefact = e.position > max(e.told, at.SPECIALISED.enter)
     position = f"; what the experts learned is position ({e.position:.0%} of it)" if artefact else ""
     return {
+        UNLEARNED: f"nothing to train in this router; {load}, {told}" + (f", {dead}" if e.dead else ""),
         FROZEN: f"router gradient {layer.ratio:.0e} of the experts' (alive above {at.FROZEN:.0e}); {load}",
         COLLAPSED: f"{load}, {dead}",
         OSCILLATING: f"{e.flutter:.0%} of the load changes hands from update to update ({e.chance:.0%} by chance)"

@@ -26,6 +26,7 @@ class ExpertChoice(Scored):
     """
 
     scored = False
+    even = True
 
     def __init__(
         self,

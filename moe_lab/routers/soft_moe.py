@@ -34,7 +34,7 @@ class SoftMoE(Router):
     """
 
     scored = False
-    every_expert = True
+    every_expert = even = True
 
     def __init__(
         self,

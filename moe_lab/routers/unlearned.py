@@ -17,6 +17,7 @@ class Unlearned(Router):
     """k experts per token, each weighted by 1 / k. probs_TE is that choice; logits_TE are zeros without scores."""
 
     scored = False
+    learns = False
 
     def rank(self, x_TD: Tensor, ctx: Context) -> Tensor:
         """What decides, [T, E]: the highest are chosen."""

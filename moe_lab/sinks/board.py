@@ -18,6 +18,7 @@ DEAD = "·"
 STYLES = {
     "healthy": "green",
     "undecided": "yellow",
+    "unlearned": "cyan",
     "balanced but unspecialised": "cyan",
     "oscillating": "magenta",
     "collapsed": "bold red",
@@ -102,7 +103,8 @@ def headline(facts: dict[str, Any]) -> str:
     """Router, dataset and size in one line."""
     router, dataset = clean(str(facts.get("router"))), clean(str(facts.get("dataset")))
     size = f"{facts['layers']} MoE layers of {facts['experts']} experts" if facts.get("layers") else "no MoE layers"
-    chosen = f", {facts['k']} per token" if facts.get("layers") and facts.get("k") else ""
+    k, most = facts.get("k", 0), facts.get("k_at_most", 0)
+    chosen = f", {f'up to {most}' if most > k else k} per token" if facts.get("layers") and k else ""
     leak = ", leaks the future" if facts.get("leaks") else ""
     return f"{router} on {dataset}, {size}{chosen}{leak}"
 
@@ -153,7 +155,8 @@ def evaluation(row: dict[str, Any]) -> Text:
 
 def _layers(state: State, room: int | None, roomy: bool) -> Table:
     row = state.row
-    layers = len(row["moe/selected"])
+    layers, soft = len(row["moe/selected"]), weighs_all(row)
+    what, loads, cv = ("weight", "gate_mass", "gate_mass_cv") if soft else ("load", "selected", "load_cv")
     shown = list(range(layers))
     if room and layers > room:
         shown = sorted(sorted(shown, key=lambda layer: _interest(row, layer))[:room])
@@ -161,8 +164,8 @@ def _layers(state: State, room: int | None, roomy: bool) -> Table:
     table.header_style, table.border_style, table.caption_style = "dim", "dim", "dim"
     # Only the columns that may wrap are squeezed on a narrow terminal, and these two know how to be short.
     table.add_column("layer", justify="right", no_wrap=True)
-    table.add_column("load of each expert" if roomy else "load")
-    table.add_column("load CV" if roomy else "CV", justify="right", no_wrap=True)
+    table.add_column(f"{what} of each expert" if roomy else what)
+    table.add_column(f"{what} CV" if roomy else "CV", justify="right", no_wrap=True)
     table.add_column("entropy", justify="right", no_wrap=True)
     table.add_column("dead", justify="right", no_wrap=True)
     table.add_column("verdict")
@@ -170,8 +173,8 @@ def _layers(state: State, room: int | None, roomy: bool) -> Table:
         dead = at(row, "dead_experts", layer)
         table.add_row(
             str(layer),
-            Loads(row["moe/selected"][layer]),
-            cv_text(row, layer, share=roomy),
+            Loads(row[f"moe/{loads}"][layer]),
+            cv_text(row, cv, layer, share=roomy and not soft),
             number(at(row, "token_entropy", layer), 2),
             Text(number(dead, 0), "red" if dead else ""),
             _verdict(state, layer, roomy),
@@ -195,11 +198,16 @@ def _verdict(state: State, layer: int, roomy: bool) -> Text:
     return text
 
 
-def cv_text(row: dict[str, Any], layer: int, share: bool) -> Text:
-    """Load CV and how much of the possible imbalance that is."""
+def cv_text(row: dict[str, Any], cv: str, layer: int, share: bool) -> Text:
+    """A CV and, of the load's, how much of the possible imbalance that is."""
     of_ceiling = at(row, "load_cv_of_ceiling", layer)
-    text = Text(number(at(row, "load_cv", layer), 2))
+    text = Text(number(at(row, cv, layer), 2))
     return text.append(f" {100 * of_ceiling:3.0f}%", "dim") if share and of_ceiling is not None else text
+
+
+def weighs_all(row: dict[str, Any]) -> bool:
+    """Whether all experts shape every token's output: then weights say who is used, and counts of choices do not."""
+    return bool(row.get("moe/dead_experts")) and all(n is None for n in row["moe/dead_experts"])
 
 
 def at(row: dict[str, Any], metric: str, layer: int) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from moe_lab.secrecy import hide
-from moe_lab.sinks.board import STYLES, State, clean, clock, count, evaluation, number
+from moe_lab.sinks.board import STYLES, State, clean, clock, count, evaluation, number, weighs_all
 
 
 def step_line(row: dict[str, Any], timing: dict[str, Any], steps: int) -> str:
@@ -19,12 +19,13 @@ def step_line(row: dict[str, Any], timing: dict[str, Any], steps: int) -> str:
         f"eta {clock(timing.get('eta'))}",
     ]
     if row.get("moe/load_cv"):
-        dead = sum(n or 0 for n in row.get("moe/dead_experts") or [])
+        soft = weighs_all(row)
+        cv, metric = ("weight cv", "gate_mass_cv") if soft else ("cv", "load_cv")
         parts += [
-            f"worst cv {number(row.get('moe/load_cv/worst'), 2)}",
+            f"worst {cv} {number(row.get(f'moe/{metric}/worst'), 2)}",
             f"entropy {number(row.get('moe/token_entropy/mean'), 2)}",
-            f"dead {dead:.0f}",
         ]
+        parts += [] if soft else [f"dead {sum(n or 0 for n in row.get('moe/dead_experts') or []):.0f}"]
     return "  ".join(parts)
 
 
@@ -35,8 +36,8 @@ def verdict_line(step: int, layer: int, old: str | None, new: str, why: str) -> 
 
 
 def start_lines(run_dir: str, facts: dict[str, Any]) -> list[str]:
-    """Where this run's data goes."""
-    lines = [*facts.get("destinations", []), f"run directory: {run_dir}"]
+    """Where this run's data goes, and what of its config has nothing to do."""
+    lines = [*facts.get("destinations", []), f"run directory: {run_dir}", *facts.get("idle", [])]
     if facts.get("resumed_from") is not None:
         lines.append(f"resumed from step {facts['resumed_from']}")
     return [clean(hide(line)) for line in lines if line]

@@ -136,8 +136,8 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     values = {key: row.get(key) for key in ("tokens", *GLOBAL)}
     if row.get("eval/loss") is not None and row.get("eval/loss_top1") is not None:
         values["eval/gap_top1"] = row["eval/loss_top1"] - row["eval/loss"]
-    if dead := row.get("moe/dead_experts"):
-        values["moe/dead_experts/total"] = sum(n for n in dead if n is not None)
+    if dead := [n for n in row.get("moe/dead_experts") or [] if n is not None]:
+        values["moe/dead_experts/total"] = sum(dead)
     for metric in PER_LAYER:
         for layer, value in enumerate(row.get(f"moe/{metric}") or []):
             values[f"moe_layer/L{layer:02d}/{metric}"] = value

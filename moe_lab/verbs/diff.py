@@ -60,6 +60,8 @@ OUTCOME: dict[str, Callable[[Recorded], Any]] = {
     "active parameters": lambda run: run.summary.get("cost", {}).get("active_params"),
     "FLOPs per token": lambda run: run.summary.get("cost", {}).get("flops_per_token"),
     "useful FLOPs per token": lambda run: run.summary.get("cost", {}).get("useful_flops_per_token"),
+    "experts per token (planned)": lambda run: run.summary.get("cost", {}).get("experts_executed"),
+    "experts per token (measured)": lambda run: run.summary.get("cost", {}).get("experts_executed_measured"),
     "tokens/s (median)": lambda run: _median([t["tokens_per_s"] for t in run.timing if t.get("tokens_per_s")]),
     "seconds": lambda run: run.summary.get("wall_s"),
 }

@@ -4,8 +4,9 @@ Shapes: T tokens, D width, E experts, F hidden.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -39,12 +40,13 @@ def preset(group: str, name: str, **changes: Any) -> dict[str, Any]:
     return node | changes
 
 
-def router_cases() -> list[Any]:
-    """Every preset in conf/router under every combination of the axes that it has: a new router is picked up."""
+def router_cases(more: Mapping[str, list[Any]] = MappingProxyType({})) -> list[Any]:
+    """Every preset in conf/router under every combination of the axes that it has, AXES and more of a test's own: a new
+    router is picked up."""
     cases = []
     for file in sorted((CONF / "router").glob("*.yaml")):
         node = preset("router", file.stem)
-        axes = {name: values for name, values in AXES.items() if name in node}
+        axes = {name: values for name, values in {**AXES, **more}.items() if name in node}
         for values in itertools.product(*axes.values()):
             changes = dict(zip(axes, values, strict=True))
             if not fits("router", node | changes):

@@ -1,9 +1,14 @@
 """A run in which everything has state, and what must be the same after it was stopped and has gone on."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from command import moe_lab, tree
+
+from moe_lab.loop import Loop
 
 # Gumbel noise, a selection bias, micro-batches, dropped rows, annealed knobs; rows, evaluations and checkpoints that
 # do not fall together.
@@ -43,3 +48,18 @@ def assert_same_run(folder: Path, undisturbed: dict[str, bytes], keep: int = 2) 
 
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@contextmanager
+def dying_before(update: int) -> Iterator[None]:
+    """A run in here dies before it makes that update, counted from 1."""
+    step = Loop.step
+
+    def dying(self: Loop, at: int) -> None:
+        if at + 1 == update:
+            raise KeyboardInterrupt
+        step(self, at)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "step", dying)
+        yield

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 from edges import run
-from runs import STATEFUL, differences, result
+from runs import STATEFUL, differences, dying_before, result
 from tiny import tiny
 
-from moe_lab.loop import Loop
 from moe_lab.train import train
 
 BIAS = ("router=sigmoid_topk",)
@@ -54,21 +53,13 @@ def test_a_falling_weight_falls():
     assert terms[0] == pytest.approx(0.1, rel=0.3) and terms[2] == pytest.approx(0.05, rel=0.3)
 
 
-def test_a_run_that_died_goes_on_to_the_byte(here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_died_goes_on_to_the_byte(here: Path):
     """Running means, a bias, rows that started orthonormal, and what is drawn for a balancer."""
     losses = "switch,entropy,simbal,erc,quantile"
     words = (*STATEFUL, f"balance=[{losses}]", "balance.switch.scope=running", "balance.entropy.scope=global_batch")
     words += ("steps=12", "log_every=4", "eval_every=6", "checkpoint.every=5")
     train(tiny(*words), here / "whole", [], {})
-    step = Loop.step
-
-    def dying(self: Loop, at: int) -> None:
-        if at == 8:
-            raise KeyboardInterrupt
-        step(self, at)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Loop, "step", dying)
+    with dying_before(9):
         train(tiny(*words), here / "half", [], {})
     train(tiny(*words), here / "half", [], {})
     assert differences(result(here / "half"), result(here / "whole")) == []

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from command import moe_lab
-from runs import STATEFUL, assert_same_run, result
+from runs import STATEFUL, assert_same_run, dying_before, result
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 
 from moe_lab.checkpoint import FILES, damage
-from moe_lab.loop import Loop
 from moe_lab.run import Stop
 from moe_lab.train import train
 
@@ -45,16 +44,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def died(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With checkpoints at 3 and 6."""
-    step = Loop.step
-
-    def dying(self: Loop, at: int) -> None:
-        if at + 1 == 8:
-            raise KeyboardInterrupt
-        step(self, at)
-
     folder = tmp_path_factory.mktemp("died")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Loop, "step", dying)
+    with dying_before(8):
         go(folder)
     return folder
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from runs import STATEFUL, differences, result
+from runs import STATEFUL, differences, dying_before, result
 from tiny import tiny
 
 import moe_lab.state
 from moe_lab.checkpoint import Checkpoint, newest
-from moe_lab.loop import Loop
 from moe_lab.observe.verdict import Judge
 from moe_lab.run import Run, Stop
 from moe_lab.state import State
@@ -47,15 +46,7 @@ def run(words: tuple[str, ...], folder: Path) -> dict[str, bytes]:
 
 
 def die(words: tuple[str, ...], folder: Path) -> Path:
-    step = Loop.step
-
-    def dying(self: Loop, at: int) -> None:
-        if at + 1 == DIES[words]:
-            raise KeyboardInterrupt
-        step(self, at)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Loop, "step", dying)
+    with dying_before(DIES[words]):
         run(words, folder)
     return folder
 

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import STATEFUL, differences, result
+from runs import STATEFUL, differences, dying_before, result
 from tiny import loop, tiny
 
 from moe_lab.assemble import assemble
 from moe_lab.checkpoint import newest
-from moe_lab.loop import Loop
 from moe_lab.observe.window import View
 from moe_lab.train import train
 
@@ -32,15 +31,7 @@ def run(words: list[str], folder: Path) -> dict[str, bytes]:
 
 
 def dead(words: list[str], folder: Path) -> Path:
-    step = Loop.step
-
-    def dying(self: Loop, at: int) -> None:
-        if at + 1 == 9:
-            raise KeyboardInterrupt
-        step(self, at)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Loop, "step", dying)
+    with dying_before(9):
         run(words, folder)
     return folder
 

@@ -3,14 +3,13 @@
 Shapes: B sequences of S tokens, T = B * S, D width, E experts, K chosen per token.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from layers import CONF, context, fits, make_moe, norm, preset, randn
+from layers import context, make_moe, norm, preset, randn, router_cases
 from torch import Tensor
 
 from moe_lab import seeding
@@ -20,38 +19,15 @@ from moe_lab.routing import Context, Router, Routing, Traits
 
 B, S, D, E = 3, 12, 16, 6
 T = B * S
-# Options that change what a router promises, with the values to try; every router has some of them.
-AXES: dict[str, list[Any]] = {
-    "k": [1, 2],
-    "backward": ["selected", "dense"],
-    "renormalise": [True, False],
-    "gate": ["softmax", "sigmoid", "normalised_sigmoid"],
+# Options that change what a router promises, beside those that all tests of routers try.
+MORE: dict[str, list[Any]] = {
     "order": ["gate_first", "topk_first"],
     "causal": ["none", "blocks", "prefix"],
     "group": ["sequence", "micro_batch"],
     "baseline": ["none", "mean", "critic"],
-    "draw": ["fixed", "fresh"],
     "version": ["v1", "v2"],
-    "p": [0.9],  # top_p: more than one expert for most tokens
-    "r": [2.0],  # sparsemixer: most experts are near the best one
 }
-
-
-def cases() -> list[Any]:
-    found = []
-    for file in sorted((CONF / "router").glob("*.yaml")):
-        node = preset("router", file.stem)
-        axes = {name: values for name, values in AXES.items() if name in node}
-        for values in itertools.product(*axes.values()):
-            changes = dict(zip(axes, values, strict=True))
-            if not fits("router", node | changes):
-                continue
-            label = "-".join([file.stem, *(f"{name}={value}" for name, value in changes.items())])
-            found.append(pytest.param(node | changes, id=label))
-    return found
-
-
-every = pytest.mark.parametrize("node", cases())
+every = pytest.mark.parametrize("node", router_cases(MORE))
 
 
 def declared(node: dict[str, Any]) -> Traits:

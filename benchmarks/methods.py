@@ -116,10 +116,9 @@ def main() -> None:
             share = router.seconds / whole.seconds
             line = f"  {name:<{width}}  {whole.seconds * 1e3:8.2f} ms  {whole.ratio:6.3f}  "
             line += f"[{whole.low:.3f}, {whole.high:.3f}]  {share:5.1%}  A/A {found['A/A'].ratio:.3f}"
-            if why := label(node):
-                print(f"{line}  ({why})", flush=True)
-            else:
-                print(f"{line}{goal(whole.ratio, MOST)}, {most_share:.0%}{goal(share, most_share)[8:]}", flush=True)
+            why = label(node)
+            own = goal(share, most_share).replace(f"{most_share:g}", f"{most_share:.0%}")
+            print(line + (f"  ({why})" if why else f"{goal(whole.ratio, MOST)},{own.replace('  ', ' ')}"), flush=True)
 
 
 if __name__ == "__main__":

@@ -41,19 +41,25 @@ def preset(group: str, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def router_cases(more: Mapping[str, list[Any]] = MappingProxyType({})) -> list[Any]:
-    """Every preset in conf/router under every combination of the axes that it has, AXES and more of a test's own: a new
-    router is picked up."""
+    """Every preset in conf/router with k=1 and 2, and each other axis that it has moved by itself (AXES and more of a
+    test's own); `topk` under every combination, for all that share its options. A new router is picked up."""
     cases = []
     for file in sorted((CONF / "router").glob("*.yaml")):
         node = preset("router", file.stem)
         axes = {name: values for name, values in {**AXES, **more}.items() if name in node}
-        for values in itertools.product(*axes.values()):
-            changes = dict(zip(axes, values, strict=True))
+        for changes in combinations(axes, whole=file.stem == "topk"):
             if not fits("router", node | changes):
                 continue
             label = "-".join([file.stem, *(f"{name}={value}" for name, value in changes.items())])
             cases.append(pytest.param(node | changes, id=label))
     return cases
+
+
+def combinations(axes: dict[str, list[Any]], whole: bool) -> list[dict[str, Any]]:
+    """Of values of the axes: all, or all of k with the first of each other, and with one other moved."""
+    every = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    first = {name: values[0] for name, values in axes.items()}
+    return [c for c in every if whole or sum(c[name] != first[name] for name in axes if name != "k") <= 1]
 
 
 def traits(node: dict[str, Any], E: int) -> Traits:

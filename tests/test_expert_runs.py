@@ -45,7 +45,8 @@ def test_every_kind_of_expert_trains(name: str, dtype: str, tmp_path: Path, monk
     """To the end and whole, every value defined, the load told for every expert there is."""
     monkeypatch.chdir(tmp_path)
     ran = run(*RUNS[name], f"dtype={dtype}")
-    assert ran.undefined() <= {"expert_loss"}  # of an expert that no token chose
+    # Of an expert that no token chose; where all experts shape a token, none is dead.
+    assert ran.undefined() <= {"expert_loss", *(["dead_experts"] if "router=dense" in RUNS[name] else [])}
     told = ran.summary["cost"]
     assert {len(loads) for loads in ran.each("selected")} == {told["experts"]}
     assert told["useful_flops_per_token"] <= told["flops_per_token"]

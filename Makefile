@@ -28,7 +28,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-# Plant one error per method, each in a copy of the tree, and demand that a test turns red (a few minutes).
+# Plant one error per method, each in a copy of the tree, and demand that a test turns red (long: each runs tests of its own).
 mutants: $(VENV)/.installed-test
 	$(BIN)/python tests/mutants/run.py
 

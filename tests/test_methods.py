@@ -17,6 +17,7 @@ from moe_lab.train import train
 
 CASES = list(cases())
 every = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+BRIEF = ("steps=4", "eval_every=4", "log_every=2")
 SMALL = ("steps=10", "eval_every=10", "log_every=5", "batch_size=2", "eval_tokens=128", "balance=[]")
 
 
@@ -66,7 +67,7 @@ def test_edges(case: Case, edge: str, tmp_path: Path) -> None:
     }[edge]
     if problems(*case.words, *words):
         pytest.skip("refused in one line")
-    rows_of(tmp_path, *case.words, *words)
+    rows_of(tmp_path, *case.words, *words, *BRIEF)
 
 
 CHOOSING = [case for case in ONCE if registered("router")[config(*case.words)["router"]["name"]].scored]
@@ -76,6 +77,6 @@ CHOOSING = [case for case in ONCE if registered("router")[config(*case.words)["r
 def test_an_expert_that_is_never_chosen(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it balances by: every number stays finite, and nobody counts a choice of it."""
     never(0, monkeypatch)
-    rows = rows_of(tmp_path, *case.words)
+    rows = rows_of(tmp_path, *case.words, *BRIEF)
     overruled = "reroute" in case.name
     assert all(counts[0] == 0 for row in rows for counts in row["moe/selected"]) or overruled

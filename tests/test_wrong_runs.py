@@ -134,7 +134,7 @@ CONFIGS = {
     "bomb": (f"name: topk\n{BOMB}\n", "own/router/mine.yaml: holds more than 10,000 values, its aliases written out"),
     "itself": ("name: topk\nk: &k [*k]\n", "router=mine: nested too deep, or it leads back to itself"),
     "large": ("name: topk\n" + "# nothing\n" * 1_000_000, "mine.yaml: 10,000,011 bytes, 262,144 at most"),
-    "deep": (f"name: topk\nk: {'[' * 9000}{']' * 9000}\n", "mine.yaml: nested too deep"),
+    "deep": (f"name: topk\nk: {'[' * 9000}{']' * 9000}\n", "nested too deep"),
     "mappings": (f"name: topk\nk: {'{a: ' * 99}1{'}' * 99}\n", "mine.yaml: nested too deep"),
     "many": ("name: topk\n" + "".join(f"k{i}: 1\n" for i in range(11_000)), "holds more than 10,000 values"),
     "in a circle": ("defaults: [mine]\nname: topk\n", "router=mine: nested too deep, or it leads back to itself"),

@@ -42,7 +42,6 @@ methods: $(VENV)/.installed-test
 
 # Draw the README's pictures from real runs, and the metric and verdict pages from their declarations.
 docs: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --editable .
 	$(BIN)/moe-lab train router=gumbel_ste logger=[] hydra.run.dir=outputs/pictures/demo
 	$(BIN)/moe-lab train router=switch balance=[] logger=[] hydra.run.dir=outputs/pictures/collapsed
 	$(BIN)/moe-lab train router=switch balance=[switch] logger=[] hydra.run.dir=outputs/pictures/balanced

@@ -13,7 +13,9 @@ import torch
 from benchmarks.harness import device, interleave, table
 from benchmarks.step import MODEL, loop
 from moe_lab import seeding
-from moe_lab.loop import contexts, draw, examples, forward
+from moe_lab.drawing import contexts, draw
+from moe_lab.loop import forward
+from moe_lab.parts import examples
 
 WARM_UP = 5
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from benchmarks.harness import single_thread
 from benchmarks.step import loop
 from moe_lab import seeding
-from moe_lab.loop import Drawn, Examples, Loop, contexts, draw, examples, forward
+from moe_lab.drawing import Drawn, contexts, draw
+from moe_lab.loop import Loop, forward
+from moe_lab.parts import Examples, examples
 from moe_lab.routers.reinforce import Reinforce
 from moe_lab.schedules import Values
 

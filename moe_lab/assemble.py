@@ -8,9 +8,9 @@ import torch
 
 from moe_lab.config import build
 from moe_lab.datasets.base import Data
-from moe_lab.loop import Parts
 from moe_lab.model.transformer import Transformer
 from moe_lab.objectives import CLM, MLM
+from moe_lab.parts import Parts
 from moe_lab.seeding import initialise
 from moe_lab.settings import Settings
 

@@ -5,22 +5,21 @@ ranges by pydantic, unknown keys with the nearest right name, combinations by ea
 every mistake at once; `build` constructs. Nothing named in a config is ever imported or called by its path.
 """
 
-import difflib
 import importlib
 import inspect
 import os
 import pkgutil
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from moe_lab.secrecy import secrets_in
+from moe_lab.wording import KINDS, complaint, nearest, place, shown
 
-LONGEST_SHOWN = 80  # characters of a value in a message
 LARGEST = 2**63  # whole numbers stay below: no tensor, file or counter takes more
 Config = Mapping[str, Any]
 C = TypeVar("C", bound=type)
@@ -181,13 +180,13 @@ def _node_problems(path: str, group: str, node: Config) -> Iterator[str]:
         siblings = [".".join(filter(None, [path, name])) for name in (*model.model_fields, *([] if path else HOMES))]
         said: dict[str, list[str]] = {}  # a union reports once per member: one line for each place
         for e in error.errors(include_url=False):
-            where = ".".join(filter(None, [path, *_typed(options, e["loc"], e["type"] == "missing")]))
+            where = ".".join(filter(None, [path, *place(options, e["loc"], e["type"] == "missing")]))
             if e["type"] == "extra_forbidden":
                 said[where] = [f"{where}: no such key{nearest(where, siblings)}"]
             elif e["type"] == "missing":
                 said[where] = [f"{where}: missing; give it a value"]
             else:
-                said.setdefault(where, [f"{where}={shown(e['input'])}:"]).append(_wording(e))
+                said.setdefault(where, [f"{where}={shown(e['input'])}:"]).append(complaint(e))
         for first, *more in said.values():
             yield f"{first} {' or '.join(dict.fromkeys(more)).replace(' or must be ', ' or ')}".rstrip()
 
@@ -209,77 +208,6 @@ def _disguised(given: Any, taken: Any, path: str) -> Iterator[str]:
     elif isinstance(given, bool | str) and type(taken) in (int, float, bool) and type(given) is not type(taken):
         kind = {int: "int", float: "float", bool: "bool"}[type(taken)]
         yield f"{path}={shown(given)}: {KINDS[kind]}, this is {'text' if isinstance(given, str) else 'true or false'}"
-
-
-def _typed(node: Any, loc: Iterable[int | str], missing: bool) -> Iterator[str]:
-    """The part of pydantic's location that stands in the config: it puts names of union members in between."""
-    for part in loc:
-        if (isinstance(node, Mapping) and part in node) or (isinstance(node, list) and isinstance(part, int)):
-            node = typing.cast(Any, node)[part]
-        elif not missing:
-            continue
-        yield str(part)
-
-
-KINDS = {
-    "int": "must be a whole number",
-    "float": "must be a number",
-    "bool": "must be true or false",
-    "string": "must be text",
-    "list": "must be a list, e.g. [a,b]",
-    "sequence": "must be a list, e.g. [a,b]",
-    "model": "must be a mapping of keys",
-    "dict": "must be a mapping of keys",
-    "none": "must be null",
-    "finite": "must be a finite number",
-}
-LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-
-
-def _wording(error: Mapping[str, Any]) -> str:
-    """One of pydantic's complaints in plain words."""
-    context = error.get("ctx", {})
-    for limit, words in LIMITS.items():
-        if limit in context:
-            bound = context[limit]
-            return f"must be {words} {int(bound) if bound == int(bound) else bound}"
-    if error["type"] == "literal_error":
-        offered = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
-        close = difflib.get_close_matches(str(error["input"]), offered, n=1)
-        return f"must be {' | '.join(offered)}" + (f"; did you mean {close[0]}?" if close else "")
-    if error["type"] == "string_too_short":
-        return "must not be empty"
-    if error["type"] == "string_pattern_mismatch":
-        return f"must match {context['pattern']}"
-    message = error["msg"].removeprefix("Value error, ")
-    return KINDS.get(error["type"].split("_")[0], f"{message[0].lower()}{message[1:]}")
-
-
-def shown(value: Any) -> str:
-    """A value as it would be typed, its beginning where it is long."""
-    whole = _typed_as(value)
-    return whole if len(whole) <= LONGEST_SHOWN else f"{whole[: LONGEST_SHOWN - 3]}..."
-
-
-def _typed_as(value: Any) -> str:
-    if isinstance(value, str):
-        return value or '""'
-    if isinstance(value, list):
-        return f"[{','.join(map(shown, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{k}: {shown(v)}' for k, v in value.items())}}}"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def nearest(wrong: str, right: Iterable[str]) -> str:
-    """'; did you mean x?', or what there is where that is little. A bare `dim` is near `model.dim`."""
-    names = sorted(set(right))
-    last = wrong.rsplit(".", 1)[-1]
-    close = [name for name in names if name.rsplit(".", 1)[-1] == last] if "." not in wrong else []
-    close = close or difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {' or '.join(close[:3])}?"
-    return f"; there are: {', '.join(names)}" if len(names) <= 20 else ""
 
 
 def unfit_for_a_record(node: Any, path: str) -> list[str]:

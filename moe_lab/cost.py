@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_lab.loop import Parts
 from moe_lab.model.moe import MoE
+from moe_lab.parts import Parts
 
 
 def cost(parts: Parts) -> dict[str, Any]:

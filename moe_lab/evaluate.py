@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from moe_lab import seeding
-from moe_lab.loop import Examples, Parts, contexts, draw, examples, forward, perplexity, view
+from moe_lab.drawing import contexts, draw
+from moe_lab.loop import forward, perplexity, view
 from moe_lab.observe.metric import METRICS, over_layers
 from moe_lab.observe.probe import Probe
 from moe_lab.observe.recorder import Recorder
+from moe_lab.parts import Examples, Parts, examples
 from moe_lab.probes.liveness import gradient_ratio
 from moe_lab.schedules import Values
 

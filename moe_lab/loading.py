@@ -11,7 +11,7 @@ from moe_lab import checkpoint, reading
 from moe_lab.assemble import bare_model, prepare
 from moe_lab.config import build
 from moe_lab.datasets.base import Data
-from moe_lab.loop import contexts_of
+from moe_lab.drawing import contexts_of
 from moe_lab.model.transformer import Output, Transformer
 from moe_lab.run import read_rows, read_status
 

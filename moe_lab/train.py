@@ -15,9 +15,10 @@ from moe_lab.assemble import assemble, prepare
 from moe_lab.config import build, registered
 from moe_lab.cost import cost, measured
 from moe_lab.evaluate import Evaluator
-from moe_lab.loop import Loop, Parts
+from moe_lab.loop import Loop
 from moe_lab.observe.recorder import Recorder
 from moe_lab.observe.verdict import Judge
+from moe_lab.parts import Parts
 from moe_lab.run import Run, Stop, outcome, read_status, same_run
 from moe_lab.secrecy import redacted
 from moe_lab.settings import idle, leaks, quick

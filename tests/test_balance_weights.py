@@ -17,7 +17,7 @@ from moe_lab.assemble import assemble
 from moe_lab.balance.base import Balancer, Layer
 from moe_lab.balance.erc import reach
 from moe_lab.config import build
-from moe_lab.loop import draw
+from moe_lab.drawing import draw
 from moe_lab.model.moe import MoE
 from moe_lab.routing import Routing
 

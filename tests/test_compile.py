@@ -14,9 +14,11 @@ from torch._dynamo import config, reset
 from torch._dynamo.utils import counters
 
 from moe_lab.assemble import assemble
+from moe_lab.drawing import contexts_of
 from moe_lab.evaluate import Evaluator
-from moe_lab.loop import Parts, contexts_of, examples, forward
+from moe_lab.loop import forward
 from moe_lab.model.products import grouped
+from moe_lab.parts import Parts, examples
 
 ROUTERS = sorted(path.stem for path in Path(CONF, "router").glob("*.yaml"))
 CASES = [(f"router={router}", "allow_leak=true") for router in ROUTERS] + [

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from moe_lab import load
 from moe_lab.assemble import assemble
 from moe_lab.evaluate import Evaluator
-from moe_lab.loop import Parts
 from moe_lab.model.moe import MoE
 from moe_lab.model.transformer import Transformer
+from moe_lab.parts import Parts
 from moe_lab.schedules import Values
 from moe_lab.train import train
 

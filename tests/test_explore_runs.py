@@ -13,8 +13,10 @@ from tiny import tiny
 
 from moe_lab import load
 from moe_lab.assemble import assemble
+from moe_lab.drawing import contexts, draw, strength
 from moe_lab.evaluate import Evaluator
-from moe_lab.loop import contexts, draw, examples, forward, knobs, strength
+from moe_lab.loop import forward, knobs
+from moe_lab.parts import examples
 from moe_lab.schedules import Values
 from moe_lab.train import train
 

@@ -22,9 +22,11 @@ from waiting import NoCopies, NoLists
 from moe_lab import load
 from moe_lab.assemble import assemble
 from moe_lab.balance.base import Layer, mean_over_layers
+from moe_lab.drawing import contexts, draw
 from moe_lab.evaluate import Evaluator
-from moe_lab.loop import Loop, Parts, contexts, draw, examples, forward
+from moe_lab.loop import Loop, forward
 from moe_lab.model.transformer import Output
+from moe_lab.parts import Parts, examples
 from moe_lab.run import Stop
 from moe_lab.train import train
 from moe_lab.upkeep import Upkeep

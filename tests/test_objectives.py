@@ -13,7 +13,7 @@ from tiny import tiny
 from moe_lab import load
 from moe_lab.assemble import assemble
 from moe_lab.cost import cost
-from moe_lab.loop import contexts_of
+from moe_lab.drawing import contexts_of
 from moe_lab.model.moe import MoE
 from moe_lab.objectives import CLM, MLM
 from moe_lab.schedules import Values

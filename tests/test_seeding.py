@@ -15,8 +15,9 @@ from torch import Tensor
 from moe_lab import seeding
 from moe_lab.assemble import assemble
 from moe_lab.config import build
-from moe_lab.loop import Parts, draw
+from moe_lab.drawing import draw
 from moe_lab.model.transformer import Transformer
+from moe_lab.parts import Parts
 
 
 def stream(*key: int | str, n: int = 8) -> Tensor:

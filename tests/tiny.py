@@ -7,8 +7,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from moe_lab.config import check
-from moe_lab.loop import Loop, Parts
+from moe_lab.loop import Loop
 from moe_lab.observe.recorder import Recorder
+from moe_lab.parts import Parts
 
 CONF = str(Path(__file__).parents[1] / "conf")
 TINY = [

@@ -187,7 +187,7 @@ def _node_problems(path: str, group: str, node: Config) -> Iterator[str]:
             elif e["type"] == "missing":
                 said[where] = [f"{where}: missing; give it a value"]
             else:
-                said.setdefault(where, [f"{where}={shown(e['input'])}:"]).append(_wording(e))
+                said.setdefault(where, [f"{where}={shown(e['input'])}:"]).append(wording(e))
         for first, *more in said.values():
             yield f"{first} {' or '.join(dict.fromkeys(more)).replace(' or must be ', ' or ')}".rstrip()
 
@@ -236,7 +236,7 @@ KINDS = {
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def _wording(error: Mapping[str, Any]) -> str:
+def wording(error: Mapping[str, Any]) -> str:
     """One of pydantic's complaints in plain words."""
     context = error.get("ctx", {})
     for limit, words in LIMITS.items():

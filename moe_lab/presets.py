@@ -45,6 +45,11 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
 
 
+def sweeps_dir() -> Path:
+    """The studies that come with moe-lab, found like conf/."""
+    return conf_dir().parent / "sweeps"
+
+
 def own_dir() -> Path | None:
     """The user's own configs: MOE_LAB_CONFIG_DIR, else ./moe_lab_conf where there is one."""
     named = os.environ.get("MOE_LAB_CONFIG_DIR")

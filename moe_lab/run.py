@@ -25,6 +25,7 @@ import yaml
 
 from moe_lab import __version__, durable, places, reading
 from moe_lab.secrecy import hide, redact, redacted
+from moe_lab.sources import sources
 
 log = logging.getLogger(__name__)
 Config = Mapping[str, Any]
@@ -152,7 +153,8 @@ class Run:
         durable.write_json(self.folder / "summary.json", finite(summary))
 
     def _status(self, status: str, error: str | None = None) -> None:
-        state = {"status": status, "step": self.step, "error": error, "attempt": self.attempt, "pid": os.getpid()}
+        state: dict[str, Any] = {"status": status, "step": self.step, "error": error, "attempt": self.attempt}
+        state |= {"pid": os.getpid(), "host": platform.node()}
         durable.write_json(self.folder / "status.json", state)
 
     def _on_signal(self, number: int, frame: object) -> None:
@@ -275,6 +277,7 @@ def environment() -> dict[str, Any]:
         "cpu": {"count": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()},
         "cuda": device,
         "threads": torch.get_num_threads(),
+        "sources": sources(),
         "git": git_state(Path(__file__).parent),
     }
 

@@ -10,7 +10,7 @@ from moe_lab.cli import arguments, complain, printable, quiet_pipe
 from moe_lab.reading import FOREIGN, Damaged
 from moe_lab.recorded import Recorded, flat, read
 
-SURROUNDINGS = ("moe_lab", "python", "versions.", "platform", "cuda", "threads", "git.", "device", "dtype")
+SURROUNDINGS = ("moe_lab", "python", "versions.", "platform", "cuda", "threads", "sources", "git.", "device", "dtype")
 DATA = "dataset.fingerprint"  # it differs wherever any other fact of the data does
 HASH = re.compile("[0-9a-f]{32,}")
 

@@ -38,7 +38,7 @@ def single_thread() -> None:
     """One thread, and the allocator as training sets it: the same for every variant of this process."""
     import torch
 
-    from moe_lab.train import keep_freed_memory
+    from moe_lab.allocator import keep_freed_memory
 
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -120,7 +120,9 @@ def _bad_choice(override: Override, loader: ConfigLoader, groups: Iterable[str])
         value = [choice.text if isinstance(choice, QuotedString) else choice for choice in value.list]
     for choice in value if isinstance(value, list) else [value]:
         if not isinstance(choice, dict | list) and str(choice) not in options:
-            return f"{group}={config.shown(choice)}: no such option{nearest(str(choice), options)}"
+            empty = group in config.LISTS and str(choice).lower() in ("none", "null", "off", "no", "false")
+            hint = f"; write {group}=[] for none" if empty else nearest(str(choice), options)
+            return f"{group}={config.shown(choice)}: no such option{hint}"
     return None
 
 

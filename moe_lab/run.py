@@ -114,6 +114,16 @@ class Run:
         write_whole(self._metrics, encode(row))
         write_whole(self._timing, encode(timing))
 
+    def goes_on_with(self, **arithmetic: str) -> None:
+        """Stop(4) where an earlier attempt ran in other arithmetic (device, dtype), before any of it is touched."""
+        if not (self.folder / "env.json").exists():
+            return
+        old = reading.json_file(self.folder / "env.json")
+        for key, now in arithmetic.items():
+            if old[key] != now:
+                begun = f"this run began with {key}={old[key]} and would go on with {key}={now}"
+                raise Stop(4, f"{self.folder}: {begun}; say {key}={old[key]}")
+
     def rows(self) -> list[dict[str, Any]]:
         """The rows written so far."""
         return read_rows(self.folder / "metrics.jsonl")
@@ -191,19 +201,11 @@ def same_run(folder: Path, cfg: Config) -> bool:
 
 
 def moved(folder: Path, env: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(what, then, now) for surroundings on which the last digits depend and which changed since the last attempt.
-
-    Stop(4) where the run would go on in other arithmetic altogether.
-    """
+    """(what, then, now) for surroundings on which the last digits depend and which changed since the last attempt."""
     try:
         old = reading.json_file(folder / "env.json")
     except FileNotFoundError:
         return []
-    for key in ("device", "dtype"):
-        if old[key] != env[key]:
-            raise Stop(
-                4, f"{folder}: this run began with {key}={old[key]} and would go on with {key}={env[key]}; say {key}"
-            )
     then, now = ({"threads": e["threads"], "torch": e["versions"]["torch"], "cpu": e["cpu"]} for e in (old, env))
     return [(key, then[key], now[key]) for key in then if then[key] != now[key]]
 

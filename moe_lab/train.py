@@ -1,9 +1,7 @@
 """The whole story of a run: `train(cfg, ...)` from an empty directory, `resume(run_dir, cfg)` from its checkpoint."""
 
-import ctypes
 import logging
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab import checkpoint, reading
+from moe_lab.allocator import keep_freed_memory
 from moe_lab.assemble import assemble, prepare
 from moe_lab.config import build, registered
 from moe_lab.cost import cost, measured
@@ -86,6 +85,7 @@ class Training:
     def go(self) -> dict[str, Any]:
         """Train to the end, or raise Stop; the sinks are closed either way."""
         with reading.of_a_run(self.run.folder):
+            self.run.goes_on_with(**self._arithmetic())
             self.began_at = self._restore()
         env = self.run.start(self._facts(), self.began_at)
         error: BaseException | None = None
@@ -219,13 +219,15 @@ class Training:
             "k": moes[0].router.k if moes else 0,
             "k_at_most": moes[0].router.most_per_token() if moes else 0,
             "steps": parts.settings.steps,
-            "device": str(parts.device),
-            "dtype": str(parts.dtype).removeprefix("torch."),
+            **self._arithmetic(),
             "resumed_from": self.began_at or None,
             "leaks": leaks(self.run.cfg),
             "idle": idle(self.run.cfg),
             "tags": ["leaks the future"] * leaks(self.run.cfg),
         }
+
+    def _arithmetic(self) -> dict[str, str]:
+        return {"device": str(self.parts.device), "dtype": str(self.parts.dtype).removeprefix("torch.")}
 
     def _open_sinks(self, facts: dict[str, Any]) -> None:
         cfg = redacted(self.run.cfg)
@@ -289,12 +291,3 @@ class Training:
 
 def diverged(why: str) -> Stop:
     return Stop(3, f"diverged: {why}. Try a smaller optim.lr")
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep big freed blocks: faulting them in again at each step costs up to half a MoE layer."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

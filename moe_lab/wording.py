@@ -43,7 +43,8 @@ def complaint(error: Mapping[str, Any]) -> str:
             return f"must be {words} {int(bound) if bound == int(bound) else bound}"
     if error["type"] == "literal_error":
         offered = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
-        close = difflib.get_close_matches(str(error["input"]), offered, n=1)
+        meant = {"gpu": "cuda"}.get(error["input"], str(error["input"]))
+        close = difflib.get_close_matches(meant, offered, n=1)
         return f"must be {' | '.join(offered)}" + (f"; did you mean {close[0]}?" if close else "")
     if error["type"] == "string_too_short":
         return "must not be empty"
@@ -70,10 +71,11 @@ def _typed_as(value: Any) -> str:
 
 
 def nearest(wrong: str, right: Iterable[str]) -> str:
-    """'; did you mean x?', or what there is where that is little. A bare `dim` is near `model.dim`."""
+    """'; did you mean x?', or what there is where that is little. `dim` and `router.dim` are near `model.dim`."""
     names = sorted(set(right))
     last = wrong.rsplit(".", 1)[-1]
-    close = [name for name in names if name.rsplit(".", 1)[-1] == last] if "." not in wrong else []
+    close = [name for name in names if name.rsplit(".", 1)[-1] == last]
+    close = close if "." not in wrong or len(close) == 1 else []
     close = close or difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {' or '.join(close[:3])}?"

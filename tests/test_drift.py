@@ -127,9 +127,12 @@ def test_a_run_goes_on_on_the_device_and_dtype_it_began_with(finished: Path, tmp
     (run / "status.json").unlink()
     env = json.loads((run / "env.json").read_text())
     (run / "env.json").write_text(json.dumps(env | {"dtype": "bfloat16"}))
+    with (run / "metrics.jsonl").open("a") as rows:
+        rows.write('{"step": 5}\n')  # beyond the checkpoint: going on would forget it
+    before = content(run)
     with pytest.raises(Stop, match="began with dtype=bfloat16") as stop:
         train({key: node for key, node in composed().items() if key != "wandb"}, run, [], CHOICES)
-    assert stop.value.code == 4
+    assert stop.value.code == 4 and content(run).items() >= before.items()
 
 
 def test_two_processes_in_one_directory(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ HEAVY = {"torch", "wandb", "datasets", "transformers", "pandas", "numpy"}
 # What each part (a module or folder of moe_lab) may import of ours, in the order in which they build on each other.
 MAY: dict[str, set[str]] = {
     "secrecy": set(),
+    "allocator": set(),
     "wording": set(),
     "config": {"secrecy", "wording"},
     "seeding": set(),
@@ -60,7 +61,7 @@ MAY: dict[str, set[str]] = {
     "state": {"checkpoint", "evaluate", "loop", "reading"},
     "train": {
         *("run", "checkpoint", "state", "config", "settings", "assemble", "loop", "evaluate", "cost", "observe"),
-        *("parts", "sinks", "reading", "secrecy"),
+        *("allocator", "parts", "sinks", "reading", "secrecy"),
     },
     "loading": {"reading", "run", "checkpoint", "assemble", "config", "datasets", "drawing", "model"},
     "recorded": {"reading"},

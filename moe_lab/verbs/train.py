@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,9 @@ def main(argv: list[str]) -> int:
 
 
 def _usage(message: str) -> NoReturn:
-    sys.exit(complain([f"{message}; see moe-lab train --help"]))
+    dashed = re.search(r"arguments: --([\w.]+=\S+)", message)
+    hint = f"options have no dashes: {dashed[1]}" if dashed else "see moe-lab train --help"
+    sys.exit(complain([f"{message}; {hint}"]))
 
 
 def _through_hydra(args: argparse.Namespace, argv: list[str], own: Path | None) -> int:

@@ -41,6 +41,7 @@ class Balancer:
 
     weight: Curve | None = None
     moves_bias = False
+    of_weights = False  # whether its loss sees no token, and is one of the layer's weights alone
     for_router = True  # whether its loss is one of the router's decisions or rows
     steers = False  # whether `after_update` answers to what the loss did; then it rests where the weight is 0
     draws: Mapping[str, Draw] = {}  # what the loop draws for it, per layer

@@ -68,6 +68,10 @@ class Balancer:
         for layer, of_layer in zip(layers, stats, strict=True):
             self.after_step(layer, of_layer, rate, progress)
 
+    def held(self, layer: Layer) -> dict[str, Tensor]:
+        """What it has moved by itself, for a row: 0-dim each, by the name of a metric (observe/dynamics.py)."""
+        return {}
+
     @classmethod
     def spreads(cls, node: Mapping[str, Any]) -> bool:
         """Whether its loss, with these options, pushes tokens to experts that have few."""

@@ -24,21 +24,25 @@ FACTORS: dict[str, Callable[[int, int, int], float]] = {  # of E, k, L, by what 
     "L E/(E-1)": lambda E, k, L: L * E / (E - 1) if E > 1 else L,
 }
 
+START_STD = math.log(2)  # softplus(0): the deviation of Shazeer's noise before anything is learned
+
 
 @dataclass(frozen=True)
 class Convention:
     """`value(logits_LTE, k, sequences)`. A coefficient c there is `balance.<like>.weight` = factor * c here.
 
+    noisy: whether value takes a fourth argument, standard normal draws [L, T, E] of the noise on the logits.
     like and factor are empty where no loss of ours has the same gradient up to a factor. sequence: whether it balances
     each sequence by itself (ours has it as balance.<like>.scope=sequence).
     """
 
     name: str
-    value: Callable[[Tensor, int, int], Tensor]
+    value: Callable[..., Tensor]
     like: str = ""
     factor: str = ""
     sequence: bool = False
     checked: str = "read"
+    noisy: bool = False
 
     def weight(self, E: int, k: int, L: int) -> float | None:
         """What to multiply a coefficient with."""
@@ -150,7 +154,7 @@ def deepseek_v3(logits_LTE: Tensor, k: int, sequences: int = 1) -> Tensor:
 
 def shazeer_importance(logits_LTE: Tensor, k: int, sequences: int = 1) -> Tensor:
     """CV^2 of the sum of gate weights, the softmax over the k chosen, with the population variance; every layer adds
-    its own (arXiv 1701.06538; the variance is our reading). Read.
+    its own (arXiv 1701.06538, which does not name the variance). Read: tensor2tensor, utils/expert_utils.py.
 
     0 at balance, L (E - 1) at collapse onto one expert. With k = 1 the gate is 1, and there is no gradient.
     """
@@ -160,12 +164,37 @@ def shazeer_importance(logits_LTE: Tensor, k: int, sequences: int = 1) -> Tensor
 
 
 def importance_of_samples(logits_LTE: Tensor, k: int, sequences: int = 1) -> Tensor:
-    """The same with the sample variance, as in the most copied PyTorch port. Noted.
+    """The same with the sample variance, as in the most copied PyTorch port (read: davidmrau/mixture-of-experts).
 
     0 at balance, L E at collapse onto one expert.
     """
     E = logits_LTE.shape[-1]
     return shazeer_importance(logits_LTE, k, sequences) * E / max(1, E - 1)
+
+
+def shazeer_load(logits_LTE: Tensor, k: int, sequences: int = 1, noise_LTE: Tensor | None = None) -> Tensor:
+    """CV^2 of the expected number of tokens: of each expert, the chance that fresh noise on it alone would have it
+    chosen; population variance, every layer adds its own (arXiv 1701.06538, appendix A; read: tensor2tensor,
+    utils/expert_utils.py, which adds 0.01 to the learned deviation). Here the deviation is START_STD.
+
+    0 at balance, L (E / k - 1) at collapse onto k experts. Not for k = E.
+    """
+    noise_LTE = torch.zeros_like(logits_LTE) if noise_LTE is None else noise_LTE
+    noisy_LTE = logits_LTE + START_STD * noise_LTE
+    top = noisy_LTE.topk(k + 1, -1).values
+    last, next_one = top[..., k - 1 : k], top[..., k:]
+    others_LTE = torch.where(noisy_LTE > next_one, next_one, last)
+    load_LE = torch.special.ndtr((logits_LTE - others_LTE) / START_STD).sum(-2)
+    return (load_LE.var(-1, unbiased=False) / load_LE.mean(-1).square()).sum()
+
+
+def load_of_samples(logits_LTE: Tensor, k: int, sequences: int = 1, noise_LTE: Tensor | None = None) -> Tensor:
+    """The same with the sample variance, as in the same port (read).
+
+    0 at balance, L (E / k - 1) E / (E - 1) at collapse onto k experts.
+    """
+    E = logits_LTE.shape[-1]
+    return shazeer_load(logits_LTE, k, sequences, noise_LTE) * E / max(1, E - 1)
 
 
 def z_mean(logits_LTE: Tensor, k: int, sequences: int = 1) -> Tensor:
@@ -206,8 +235,10 @@ CONVENTIONS = (
     Convention("GShard paper", gshard_paper, "gshard", "L/E^2", sequence=True, checked="noted"),
     Convention("nanoMoE", nano_moe, checked="noted"),
     Convention("DeepSeek-V3", deepseek_v3, "seq_aux", "L", sequence=True),
-    Convention("Shazeer", shazeer_importance, "importance", "L"),
-    Convention("its PyTorch port", importance_of_samples, "importance", "L E/(E-1)", checked="noted"),
+    Convention("Shazeer importance", shazeer_importance, "importance", "L"),
+    Convention("its port's importance", importance_of_samples, "importance", "L E/(E-1)"),
+    Convention("Shazeer load", shazeer_load, "load", "L", noisy=True),
+    Convention("its port's load", load_of_samples, "load", "L E/(E-1)", noisy=True),
     Convention("Hugging Face, OLMo-core", z_mean, "z_loss", "1", checked=TRANSFORMERS),
     Convention("st-moe, Megatron-Core", z_sum, "z_loss", "L", checked=ST_MOE),
 )

@@ -134,7 +134,7 @@ class Loop:
         unweighted = {name for name, b in parts.balancers.items() if b.weight is None}
         row |= {f"term/{n}": term for n, term in zip(self.terms, terms, strict=True) if n not in unweighted}
         row |= {f"knob/{name}": value for name, value in knobs(parts, values).items()}
-        return row | self.recorder.row()
+        return row | self.recorder.row(held=self.upkeep.held())
 
 
 def knobs(parts: Parts, values: Values) -> dict[str, float]:

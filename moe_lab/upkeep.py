@@ -35,6 +35,15 @@ class Upkeep:
         known = zip(self.moes, self.of_balancers[name], self.states[name], draws or [{}] * len(self.moes), strict=True)
         return [Layer(moe, seq_len, earlier, state, drawn) for moe, earlier, state, drawn in known]
 
+    def held(self) -> dict[str, Tensor]:
+        """What balancers tell of themselves in a row, [L] by metric."""
+        found: dict[str, Tensor] = {}
+        for name, balancer in self.balancers.items():
+            layers = [balancer.held(Layer(m, state=s)) for m, s in zip(self.moes, self.states[name], strict=True)]
+            for metric in layers[0] if layers else ():
+                found[metric] = torch.stack([layer[metric] for layer in layers])
+        return found
+
     @torch.no_grad()
     def add(self, out: Output, loss_T: Tensor, counted_T: Tensor, seq_len: int) -> None:
         """Sum up one micro-batch, after its losses."""

@@ -45,7 +45,7 @@ MAY: dict[str, set[str]] = {
     "balance": {"config", "counting", "model", "plans", "routing", "schedules", "sizes"},
     "upkeep": {"balance", "model", "schedules"},
     "conventions": set(),
-    "worth": {"balance", "config", "routing"},
+    "worth": {"balance", "config", "conventions", "model", "routing", "seeding"},
     "datasets": {"config", "durable", "reading", "seeding"},
     "sinks": {"config", "durable", "secrecy"},
     "observe": {"config", "counting", "plans", "routing", "model"},

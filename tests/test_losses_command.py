@@ -40,7 +40,7 @@ def test_the_table_fits_and_has_every_loss():
     names = {line.split("  ")[0] for line in table} | {line[2:].split("  ")[0] for line in table if line[:2] == "  "}
     assert {file.stem for file in Path(CONF, "balance").glob("*.yaml")} <= names
     assert {convention.name for convention in CONVENTIONS} <= names
-    assert "needs noise on the logits" in said.out and "moves a bias, no loss" in said.out
+    assert "needs" not in said.out and "moves a bias, no loss" in said.out
 
 
 def test_values_by_hand():
@@ -64,6 +64,32 @@ def test_values_by_hand():
 
 
 DOCS = (Path(__file__).parents[1] / "docs/losses.md").read_text()
+
+
+def test_the_json_says_what_each_loss_is_measured_on_and_holds_every_number():
+    found = {name: row for name, row in rows(told(*SMALL)).items() if row["where"] == "here" and "not" not in row}
+    assert {name: row["on"] for name, row in found.items() if row["on"] != "topk"} == {
+        "erc": "weights",
+        "l1_adaptive": "relu",
+        "load": "noisy_topk",
+        "orthogonal_experts": "weights",
+        "simbal": "weights",
+    }
+    for row in found.values():
+        for situation in ("balanced", "skewed", "collapse", "halves"):
+            assert set(row[situation]) == {"value", "gradient", "dead"}
+    assert found["simbal"]["collapse"]["value"] == pytest.approx(6400)  # (8 * 10)^2
+
+
+def test_what_logits_do_not_tell_is_said(files: Path):
+    found = rows(told("losses", "--logits", "layers.npy"))
+    for name in ("erc", "orthogonal_experts", "simbal"):
+        assert "weights" in found[name]["not"]
+    seeds = [told("losses", "--logits", "layers.npy", "--seed", seed) for seed in ("0", "1")]
+    differ = {name for name, row in rows(seeds[0]).items() if row != rows(seeds[1])[name]}
+    assert differ == {"load", "Shazeer load", "its port's load"}
+    alone = moe_lab("losses", "--logits", "layers.npy", "--k", "4").out
+    assert "load  " in alone and "all experts are chosen" in alone and "Shazeer load" not in alone
 
 
 def numbers(table: str) -> dict[str, list[float]]:
@@ -112,7 +138,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_form_of_a_file_reads_alike(files: Path):
     whole = told("losses", "--logits", "layers.npy")
     assert (whole["layers"], whole["tokens"], whole["experts"]) == (2, 12, 4)
-    assert set(rows(whole)["switch"]) - {"where", "name"} == {"given"}
+    assert set(rows(whole)["switch"]) - {"where", "name", "on"} == {"given"}
     for name in ("rows.npy", "rows.csv", "rows.jsonl"):
         assert told("losses", "--logits", name, "--layers", "2") == whole
         assert told("losses", "--logits", name)["tokens"] == 24
@@ -138,6 +164,7 @@ def refused(*words: str) -> Said:
         (["--tokens", "many"], "invalid int"),
         (["--seed", "-1"], "--seed -1"),
         (["--tokens", "100000000"], "at most"),
+        (["--tokens", "1", "--experts", "5000"], "at most"),
         (["--logits", "gone.npy"], "gone.npy: No such file"),
         (["--logits", "."], "no regular file"),
         (["--logits", "layers.npy", "--experts", "4"], "leave it out"),

@@ -41,6 +41,7 @@ class Balancer:
 
     weight: Curve | None = None
     moves_bias = False
+    of_weights = False  # whether its loss sees no token, and is one of the layer's weights alone
     for_router = True  # whether its loss is one of the router's decisions or rows
     steers = False  # whether `after_update` answers to what the loss did; then it rests where the weight is 0
     draws: Mapping[str, Draw] = {}  # what the loop draws for it, per layer
@@ -66,6 +67,10 @@ class Balancer:
         """The same for all layers together, where one moves by what another did; else layer after layer."""
         for layer, of_layer in zip(layers, stats, strict=True):
             self.after_step(layer, of_layer, rate, progress)
+
+    def held(self, layer: Layer) -> dict[str, Tensor]:
+        """What it has moved by itself, for a row: 0-dim each, by the name of a metric (observe/dynamics.py)."""
+        return {}
 
     @classmethod
     def spreads(cls, node: Mapping[str, Any]) -> bool:

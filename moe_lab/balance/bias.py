@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_lab.balance.base import Balancer
+from torch import Tensor
+
+from moe_lab.balance.base import Balancer, Layer
 from moe_lab.config import registered
 
 
@@ -11,6 +13,10 @@ class MovesBias(Balancer):
     """The bias enters the choice and never the weight of an expert; it follows the loads of earlier updates."""
 
     moves_bias = True
+
+    def held(self, layer: Layer) -> dict[str, Tensor]:
+        assert layer.moe is not None
+        return {"bias_range": layer.moe.bias_E.max() - layer.moe.bias_E.min()}
 
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ class ERC(Balancer):
     is 0 at alpha = 1: there the loss does not see that they are.
     """
 
+    of_weights = True
     draws = {"delta": Draw("uniform", "ED")}
 
     def __init__(self, *, weight: Schedule = constant(1.0), alpha: Annotated[float, Field(ge=0)] = 1.0):

@@ -67,6 +67,9 @@ class L1Adaptive(Balancer):
         for layer in layers:
             layer.state["strength"] = (layer.state["strength"] * factor).clamp(*LIMITS)
 
+    def held(self, layer: Layer) -> dict[str, Tensor]:
+        return {"l1_lambda": layer.state["strength"]}
+
     @classmethod
     def conflicts(cls, node: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
         router = cfg["router"]["name"]

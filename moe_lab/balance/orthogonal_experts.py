@@ -20,6 +20,7 @@ class OrthogonalExperts(Balancer):
     over pairs: our choice.
     """
 
+    of_weights = True
     for_router = False
 
     def __init__(self, *, weight: Schedule = constant(0.01)):

@@ -24,6 +24,8 @@ class SimBal(Balancer):
     the weight of the loss, are our choice).
     """
 
+    of_weights = True
+
     def __init__(self, *, weight: Schedule = constant(0.01), orthogonal: bool = True):
         self.weight, self.orthogonal = weight, orthogonal
 

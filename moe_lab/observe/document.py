@@ -21,6 +21,7 @@ WHEN = {
     "training": "training",
     "evaluation": "evaluation",
     "liveness": "first row and rows with an evaluation",
+    "balancer": "training, with that balancer",
 }
 TOPICS = (load, confidence, specialisation, geometry, dynamics)
 

@@ -111,3 +111,28 @@ declare(
     reads="Below 1e-4 the task does not train the router: frozen.",
     when="liveness",
 )
+
+# What balancers move by themselves, and tell in `Balancer.held`.
+declare(
+    "bias_range",
+    TOPIC,
+    "max_e(b_e) - min_e(b_e), b the selection bias after the row's last update",
+    when="balancer",
+    span=("0", "inf"),
+    balanced="as much as the router needs; it stands still",
+    collapsed="still grows: that of loss_free by up to 2 rate an update",
+    worst="max",
+    reads="With balance=[loss_free] or [quantile]. It is added to gate values: far above their spread it decides.",
+    source="arXiv 2408.15664",
+)
+declare(
+    "l1_lambda",
+    TOPIC,
+    "lambda of l1_adaptive after the row's last update, the same in all layers",
+    when="balancer",
+    span=("1e-30", "1e30"),
+    balanced="wanders about the value at which k gates per token are open",
+    collapsed="the same: it answers to how many gates are open, not to whose",
+    source="arXiv 2412.14711",
+    reads="With balance=[l1_adaptive]. Still growing: more than k gates per token are open.",
+)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-When = Literal["row", "training", "evaluation", "liveness"]
+When = Literal["row", "training", "evaluation", "liveness", "balancer"]
 Number = float | int | None
 
 METRICS: dict[str, "Metric"] = {}

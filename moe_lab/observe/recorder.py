@@ -4,6 +4,7 @@ Shapes: L layers, E experts, R rows of history. Everything here runs on the devi
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,10 +40,11 @@ class Recorder:
             self.window.add(view)
 
     @torch.no_grad()
-    def row(self, evaluation: bool = False) -> dict[str, Any]:
+    def row(self, evaluation: bool = False, held: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """The window's "moe/..." values, and the start of the next window.
 
-        An evaluation leaves out what only makes sense from one training update to the next.
+        An evaluation leaves out what only makes sense from one training update to the next. held: what balancers hold,
+        [L] by metric.
         """
         if self.window is None:
             return {}
@@ -54,7 +56,7 @@ class Recorder:
             found |= self._coupling()
             found |= self._dynamics(self.window)
         found["expert_loss"] = specialisation.expert_loss(sums["loss"], sums["counted"])
-        row = to_host(found)
+        row = to_host(found | dict(held or {}))
         self.before_LE = sums["selected"].clone()
         self.window.reset()
         return row

@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,8 @@ from moe_lab.reading import lines, must_be_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moe_lab.worth import Case, Loss
 
 ABOUT = """What each balance loss adds to the training loss with a coefficient of 1, here and in other frameworks: on
 random logits (balanced, skewed, collapsed onto k experts, and layers that use different halves of the experts) or on
@@ -21,7 +23,7 @@ SIZES = {  # option: its default, and what it is
     "k": (2, "experts per token"),
     "tokens": (4096, "tokens of a layer, taken as one sequence"),
     "layers": (2, "MoE layers (default 2); a file of rows holds so many, one behind the other (default 1)"),
-    "seed": (0, "of the random logits"),
+    "seed": (0, "of the random logits, and of what losses draw beside them"),
 }
 MOST_NUMBERS = 1 << 24
 
@@ -35,8 +37,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="all numbers, the gradients of every situation among them")
     asked = parser.parse_args(argv)
     try:
-        situations = _random(asked) if asked.logits is None else {"given": _read(asked)}
-        L, T, E = next(iter(situations.values())).shape
+        situations = _cases(asked)
+        L, T, E = next(iter(situations.values())).logits_LTE.shape
         k = SIZES["k"][0] if asked.k is None else asked.k
         if not 1 <= k <= E:
             raise ValueError(f"--k {k}: 1 to {E} of {E} experts can be chosen")
@@ -53,15 +55,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _random(asked: Namespace) -> "dict[str, Tensor]":
+def _cases(asked: Namespace) -> "dict[str, Case]":
     sizes = {name: default if (n := getattr(asked, name)) is None else n for name, (default, _) in SIZES.items()}
-    if wrong := [f"--{name} {n}: at least 1" for name, n in sizes.items() if n < 1 and name != "seed"]:
-        raise ValueError(wrong[0])
     if not 0 <= sizes["seed"] < 1 << 63:
         raise ValueError(f"--seed {sizes['seed']}: from 0 to 2^63 - 1")
+    if asked.logits is not None:
+        logits_LTE = _read(asked)
+        from moe_lab.worth import given
+
+        return {"given": given(logits_LTE, sizes["seed"])}
+    if wrong := [f"--{name} {n}: at least 1" for name, n in sizes.items() if n < 1 and name != "seed"]:
+        raise ValueError(wrong[0])
     E, k, T, L, seed = sizes.values()
     if E * T * L > MOST_NUMBERS:
         raise ValueError(f"--experts x --tokens x --layers: {E * T * L:,} logits, {MOST_NUMBERS:,} at most")
+    if E * (E + 1) * L > MOST_NUMBERS:
+        raise ValueError(f"--experts x --experts x --layers: {E * (E + 1) * L:,} weights, {MOST_NUMBERS:,} at most")
     from moe_lab.worth import situations
 
     return situations(E, k, T, L, seed)
@@ -73,7 +82,7 @@ def _read(asked: Namespace) -> "Tensor":
     import torch
 
     path, name = asked.logits, printable(str(asked.logits))
-    if told := [f"--{option}" for option in ("experts", "tokens", "seed") if getattr(asked, option) is not None]:
+    if told := [f"--{option}" for option in ("experts", "tokens") if getattr(asked, option) is not None]:
         raise ValueError(f"{told[0]}: {name} tells it; leave it out")
     must_be_regular(path)
     if path.suffix == ".npy":
@@ -117,31 +126,49 @@ def _numbers(path: Path, name: str) -> Iterator[list[float]]:
         yield row
 
 
-def _rows(situations: "dict[str, Tensor]", k: int) -> Iterator[dict[str, Any]]:
+def _rows(situations: "dict[str, Case]", k: int) -> Iterator[dict[str, Any]]:
     """A row per loss: ours first, then those of others."""
     from moe_lab.conventions import CONVENTIONS
-    from moe_lab.worth import Missing, measure, names, ours
+    from moe_lab.worth import based_on, names, ours, theirs
 
-    L, _, E = next(iter(situations.values())).shape
+    L, _, E = next(iter(situations.values())).logits_LTE.shape
     for name in names():
-        loss = ours(name, k)
-        if loss is None:
-            yield {"where": "here", "name": name, "not": "moves a bias, no loss"}
-            continue
-        try:
-            yield {"where": "here", "name": name} | {s: vars(measure(loss, z, k)) for s, z in situations.items()}
-        except Missing as missing:
-            yield {"where": "here", "name": name, "not": f"needs {missing}"}
+        found = _measured(lambda case, name=name: ours(name, case, k), situations)
+        yield {"where": "here", "name": name, "on": based_on(name)} | found
     for c in CONVENTIONS:
-        found = {s: vars(measure(lambda z, c=c: c.value(z, k, 1), z, k)) for s, z in situations.items()}
         scale = {"like": c.like or None, "factor": c.weight(E, k, L), "formula": c.factor or None}
+        found = _measured(lambda case, c=c: theirs(c, case, k), situations)
         yield {"where": "there", "name": c.name, **scale, "sequence": c.sequence, "checked": c.checked} | found
 
 
+def _measured(loss: "Callable[[Case], Loss | None]", situations: "dict[str, Case]") -> dict[str, Any]:
+    """What it is worth in each, or "not": why nothing is."""
+    from moe_lab.worth import Missing, measure
+
+    found = {}
+    try:
+        for name, case in situations.items():
+            if (made := loss(case)) is None:
+                return {"not": "moves a bias, no loss"}
+            found[name] = vars(measure(made))
+    except Missing as missing:
+        return {"not": f"needs {missing}"}
+    return found
+
+
 HOW_TO_READ = """
-Indented rows have the gradient of ours above them, times x: a coefficient c there is a weight of
-x c here. Values: what a coefficient of 1 adds to the loss. s: each sequence by itself (here one).
-gradient{}: its norm over all logits; to dead{}: over experts without a token."""
+Indented rows have the gradient of ours above them, times x: a coefficient c
+there is a weight of x c here. Values: what a coefficient of 1 adds to the loss.
+s: each sequence by itself (here one). gradient{}: its norm over all
+logits; to dead{}: over experts without a token.
+Other words under x: what ours is worth on, where not on router=topk.
+  noisy_topk  its choice, with noise of 0.693 N(0, 1), as it starts
+  relu        its gates, the positive logits; lambda is the first, 1e-8"""
+MADE = """\
+  weights     a layer that makes such logits; the gradient is over its weights.
+              Router rows: a unit direction each, and along one direction that
+              all tokens share, the offset of the expert's logits. Experts: one
+              neuron, like the row."""
 
 
 def _table(told: dict[str, Any], situations: list[str]) -> Iterator[str]:
@@ -162,7 +189,7 @@ def _table(told: dict[str, Any], situations: list[str]) -> Iterator[str]:
     theirs = [row for row in rows if row["where"] == "there"]
     for name, row in ours.items():
         if "not" not in row:
-            yield measured(row)
+            yield measured(row, x="" if row["on"] == "topk" else row["on"])
             for other in theirs:
                 if other["like"] == name:
                     yield measured(other, "  ", _times(other))
@@ -170,6 +197,8 @@ def _table(told: dict[str, Any], situations: list[str]) -> Iterator[str]:
     yield from (measured(row, "  ", "s" * row["sequence"]) for row in theirs if row["like"] not in ours)
     yield from (f"{name:<{name_width}}  {row['not']}" for name, row in ours.items() if "not" in row)
     yield HOW_TO_READ.format(*(("", "") if steep == "given" else (" (skewed)", " (collapse)")))
+    if steep != "given":
+        yield MADE
 
 
 def _times(row: dict[str, Any]) -> str:

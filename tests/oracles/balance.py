@@ -89,7 +89,7 @@ def load(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, k: int) -> Tensor:
     found = [number(0.0) for _ in range(E)]
     for t in range(T):
         for i in range(E):
-            others = sorted((noisy_TE[t, j] for j in range(E) if j != i), key=float, reverse=True)
+            others = sorted((noisy_TE[t, j] for j in range(E) if j != i), key=lambda x: -float(x.detach()))
             z = (clean_TE[t, i] - others[k - 1]) / std_TE[t, i]
             found[i] = found[i] + 0.5 * (1 + torch.erf(z / math.sqrt(2)))
     return cv_squared(found)

@@ -128,6 +128,29 @@ def importance_of_samples(z: Logits, k: int, sequences: int) -> Tensor:
     return importance(z, k, 1)
 
 
+def load(z: Logits, k: int, correction: int) -> Tensor:
+    """Of noise that happened to be 0, its deviation ln(1 + e^0)."""
+    found, E = [], len(z[0][0])
+    for layer in z:
+        loads = [torch.zeros((), dtype=torch.float64) for _ in range(E)]
+        for token in layer:
+            for i in range(E):
+                others = [token[j] for j in range(E) if j != i]
+                kth = others[best(torch.stack(others), k)[-1]]
+                loads[i] = loads[i] + (1 + torch.erf((token[i] - kth) / math.log(2) / math.sqrt(2))) / 2
+        mean = total(loads) / E
+        found.append(total([(x - mean) ** 2 for x in loads]) / (E - correction) / mean**2)
+    return total(found)
+
+
+def shazeer_load(z: Logits, k: int, sequences: int) -> Tensor:
+    return load(z, k, 0)
+
+
+def load_of_samples(z: Logits, k: int, sequences: int) -> Tensor:
+    return load(z, k, 1)
+
+
 def z_sum(z: Logits, k: int, sequences: int) -> Tensor:
     return total([total([v.exp() for v in token]).log() ** 2 / len(layer) for layer in z for token in layer])
 
@@ -136,14 +159,18 @@ def z_mean(z: Logits, k: int, sequences: int) -> Tensor:
     return z_sum(z, k, sequences) / len(z)
 
 
+CV_SQUARED = ("shazeer_importance", "importance_of_samples", "shazeer_load", "load_of_samples")
+
+
 def at_balance(name: str, E: int, k: int, L: int) -> float:
     """Every expert gets as much, in choices and in probability."""
     same = {"hf_mixtral": k, "hf_switch": 1, "olmo_core": 1, "libmoe_entropy": -L * math.log(E), "nano_moe": L * k}
-    return {**same, "gshard_paper": L / E**2, "shazeer_importance": 0, "importance_of_samples": 0}.get(name, L)
+    return {**same, "gshard_paper": L / E**2, **dict.fromkeys(CV_SQUARED, 0)}.get(name, L)
 
 
 def at_collapse(name: str, E: int, k: int, L: int) -> float:
     """All tokens give all of their probability to the same k experts, in equal parts; first choices are shared too."""
     even = {"hf_mixtral": E, "hf_switch": E / k, "olmo_core": E / k, "libmoe_entropy": -L * math.log(k)}
-    even |= {"nano_moe": L * E, "gshard_paper": L / (E * k), "shazeer_importance": L * (E / k - 1)}
-    return {**even, "importance_of_samples": L * (E / k - 1) * E / (E - 1)}.get(name, L * E / k)
+    even |= {"nano_moe": L * E, "gshard_paper": L / (E * k)}
+    cv = {name: L * (E / k - 1) * (E / (E - 1) if name.endswith("samples") else 1) for name in CV_SQUARED}
+    return {**even, **cv}.get(name, L * E / k)

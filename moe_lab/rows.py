@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moe_lab.plans import Assignments, cached, hardened
+from moe_lab.plans import Assignments, cached, hardened, shares
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ class Rows:
         weighted_ND = rows_ND * self.weight_EC.reshape(-1, 1).to(rows_ND.dtype)
         y_TD = rows_ND.new_zeros(self.tokens, rows_ND.shape[1])
         return y_TD.index_add(0, self.token_EC.reshape(-1), weighted_ND)
+
+    def renormalised(self) -> "Rows":
+        """The weights of each token over their sum."""
+        return replace(self, weight_EC=shares(self._weight_TE).T.gather(1, self.token_EC))
 
     def harden(self, k: int) -> Assignments:
         """Each token's k strongest experts among those that took it."""

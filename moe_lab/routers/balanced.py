@@ -5,27 +5,22 @@ where it wants most, which is causal.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from moe_lab.assignment import balanced, prices
 from moe_lab.config import option
-from moe_lab.routing import Assignments, Choices, Context, Plan, Scored, Touches, Traits
+from moe_lab.routers.gated import Gate, Gated, Weighed
+from moe_lab.routing import Assignments, Choices, Context, Plan, Router, Touches, Traits
 
 
-class Balanced(Scored):
-    """A gate by sigmoid, independent of the other experts."""
+class Balanced(Router):
+    """What stands behind the class that weighs."""
 
     scored = False
-
-    def gate(self, logits_TE: Tensor) -> Tensor:
-        return logits_TE.sigmoid()
-
-    def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
-        return F.logsigmoid(logits_TE).softmax(-1)
 
     @classmethod
     def unexplored(cls, node: Mapping[str, Any]) -> Mapping[Touches, str]:
@@ -33,23 +28,32 @@ class Balanced(Scored):
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
-        return Traits(causal=False, batch_independent=False, rows="selected")
+        return replace(super().traits(node, E), causal=False, batch_independent=False)
 
 
 @option("router", "base")
-class Base(Balanced):
+class Base(Weighed, Balanced):
     """BASE layers: the assignment of largest total score with at most ceil(T / E) tokens per expert, weighed by the
     sigmoid of the score (arXiv 2103.16716). No loss balances. In evaluation the best expert of each token.
 
     Ours: the assignment is nearly the best, by a fixed number of operations (moe_lab/assignment.py). For 2048 tokens,
     8 experts, it lost 0.002 % of what the best gains over an even one that knows nothing, in 18 ms on one core; SciPy's
     linear_sum_assignment, which finds the best on the host, took 160 to 2900 ms. For 64 experts: up to 0.4 %, 60 ms.
+    The scores are assigned whatever the gate; a softmax sends a gradient to all rows.
     """
 
     even = True
 
-    def __init__(self, dim: int, num_experts: int, *, k: Annotated[int, Field(ge=1, le=1)] = 1, **common: Any):
-        super().__init__(dim, num_experts, k=k, **common)
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        k: Annotated[int, Field(ge=1, le=1)] = 1,
+        gate: Gate = "sigmoid",
+        **common: Any,
+    ):
+        super().__init__(dim, num_experts, k=k, gate=gate, **common)
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         if not ctx.training:
@@ -59,31 +63,37 @@ class Base(Balanced):
 
 
 @option("router", "sinkhorn")
-class Sinkhorn(Balanced):
+class Sinkhorn(Gated, Balanced):
     """The k largest of exp(logits) after Sinkhorn scaling of rows and columns, weighed by the gate of the raw logits:
-    sigmoid for k=1, softmax for more (S-BASE, arXiv 2202.01169). In evaluation the k largest logits.
+    sigmoid for k=1, softmax for more, unless `gate` names one (S-BASE, arXiv 2202.01169). In evaluation the k largest
+    logits.
 
     Ours: a fixed number of scalings, where others stop at a tolerance. It balances the scaled matrix and not its
     largest entries, so loads are near to even, never exactly.
     """
 
     def __init__(
-        self, dim: int, num_experts: int, *, k: Choices = 1, iterations: Annotated[int, Field(ge=1)] = 8, **common: Any
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        k: Choices = 1,
+        iterations: Annotated[int, Field(ge=1)] = 8,
+        gate: Gate | None = None,
+        **common: Any,
     ):
-        super().__init__(dim, num_experts, k=k, **common)
+        super().__init__(dim, num_experts, k=k, gate=gate or _by_choices(k), **common)
         self.iterations = iterations
-
-    def gate(self, logits_TE: Tensor) -> Tensor:
-        return super().gate(logits_TE) if self.k == 1 else logits_TE.softmax(-1)
-
-    def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
-        return super().distribution(logits_TE, gates_TE) if self.k == 1 else gates_TE
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         if ctx.training:  # a token's own factor changes nothing between its experts
             rank_TE = rank_TE - prices(rank_TE, [1.0] * self.iterations)
-        return self.top_k(rank_TE, gates_TE)
+        return super().choose(rank_TE, gates_TE, ctx)
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
-        return Traits(causal=False, batch_independent=False, rows="selected" if node["k"] == 1 else "all")
+        return super().traits(dict(node) | {"gate": node["gate"] or _by_choices(node["k"])}, E)
+
+
+def _by_choices(k: int) -> Gate:
+    return "sigmoid" if k == 1 else "softmax"

@@ -1,25 +1,28 @@
 """Default MoE: the running mean of what an expert says stands in for it where it does not run."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.routing import Choices, Context, Plan, Routing, Scored
+from moe_lab.routers.gated import Gated
+from moe_lab.routing import Choices, Context, Plan, Routing, Traits
 from moe_lab.schedules import Schedule, constant
 
 
 @option("router", "default_moe")
-class DefaultMoE(Scored):
+class DefaultMoE(Gated):
     """y = sum of p_i E_i(x) over the k most probable experts + sum of p_i m_i over the others (arXiv 2504.12463).
 
     p is the softmax over all experts, so every gate gets a gradient that says something of its own expert. After each
     update m_i moves by `rate` to the mean of expert i's outputs in it, over the rows that it computed.
 
     Ours: m_i starts at 0, where the layer is plain top-k without renormalising; the rate; the same sum in evaluation;
-    an expert that ran on no token keeps its m_i; a token that capacity drops gets nothing in the expert's place.
+    an expert that ran on no token keeps its m_i; a token that capacity drops gets nothing in the expert's place; order
+    and renormalise weigh the k experts, and each of the others keeps its gate value over all.
     """
 
     wants_outputs = True
@@ -38,9 +41,6 @@ class DefaultMoE(Scored):
         self.rate = rate
         self.register_buffer("mean_ED", torch.zeros(num_experts, dim))
 
-    def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
-        return self.top_k(rank_TE, gates_TE)
-
     def offset(self, plan: Plan, gates_TE: Tensor, ctx: Context) -> Tensor:
         # One more column takes the slots that hold no choice.
         runs_TX = torch.zeros_like(gates_TE[:, :1], dtype=torch.bool).repeat(1, self.num_experts + 1)
@@ -54,3 +54,8 @@ class DefaultMoE(Scored):
         rows_E1 = stats["rows_E"][:, None]
         now_ED = stats["output_sum_ED"] / rows_E1.clamp_min(1)
         self.mean_ED += self.rate.at(progress) * (rows_E1 > 0) * (now_ED - self.mean_ED)
+
+    @classmethod
+    def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
+        found = super().traits(node, E)
+        return found if node["k"] >= E else replace(found, live=True, rows="all")  # through the stand-ins

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -9,18 +10,22 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
-from moe_lab.routing import Choices, Context, Plan, Rows, Scored, Touches, Traits
+from moe_lab.routers.gated import Gated, Order
+from moe_lab.routing import Choices, Context, Plan, Rows, Touches, Traits
 from moe_lab.sizes import routed
 
 Group = Literal["sequence", "micro_batch"]
 
 
 @option("router", "expert_choice")
-class ExpertChoice(Scored):
+class ExpertChoice(Gated):
     """Of every group of n tokens each expert takes the ceil(capacity n k / E) of highest probability, which is also the
     weight of its output (arXiv 2202.09368, whose capacity factor, 2 there, is capacity k here; rounding up is ours).
     The load is equal by construction; a token gets any number of experts, k of them on average at capacity 1, and none
     at all where nobody wants it.
+
+    Ours: another gate is compared and weighs in the place of the probability. With order=topk_first experts compare
+    scores, and the gate is taken over the experts that took the token; renormalise divides by the sum over these.
 
     Whether an expert takes a token depends on the tokens after it: not causal, in evaluation neither.
     """
@@ -36,19 +41,21 @@ class ExpertChoice(Scored):
         k: Choices = 2,
         capacity: Annotated[float, Field(gt=0)] = 1.0,
         group: Group = "sequence",
+        order: Order = "gate_first",
         **common: Any,
     ):
-        super().__init__(dim, num_experts, k=k, **common)
-        self.capacity, self.group = capacity, group
+        super().__init__(dim, num_experts, k=k, order=order, **common)
+        self.capacity, self.group, self.order = capacity, group, order
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         T, E = rank_TE.shape
         n = T if self.group == "micro_batch" else ctx.seq_len or T
-        p_GnE = rank_TE.softmax(-1).view(-1, n, E)
-        token_GCE = p_GnE.topk(self._takes(n), 1).indices
+        wish_TE = self.gate(rank_TE) if self.order == "gate_first" else rank_TE
+        token_GCE = wish_TE.view(-1, n, E).topk(self._takes(n), 1).indices
         token_GCE = token_GCE + torch.arange(0, T, n, device=rank_TE.device)[:, None, None]
         token_EC = token_GCE.permute(2, 0, 1).flatten(1)
-        return Rows(token_EC, gates_TE.T.gather(1, token_EC), T)
+        plan = Rows(token_EC, gates_TE.T.gather(1, token_EC), T)
+        return plan.renormalised() if self.among_chosen else plan
 
     def _takes(self, n: int) -> int:
         """Tokens of a group of n that each expert takes."""
@@ -63,8 +70,9 @@ class ExpertChoice(Scored):
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
-        alone = node["group"] == "sequence"
-        return Traits(causal=False, batch_independent=alone, dropless=False, flops=min(node["capacity"], E / node["k"]))
+        found = super().traits(dict(node) | {"k": min(2, E)}, E)  # tokens have other numbers of experts
+        alone, flops = node["group"] == "sequence", min(node["capacity"], E / node["k"])
+        return replace(found, causal=False, batch_independent=alone, dropless=False, flops=flops)
 
     @classmethod
     def unlimited(cls, node: Mapping[str, Any]) -> str:

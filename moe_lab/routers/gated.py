@@ -17,11 +17,35 @@ Gate = Literal["softmax", "sigmoid", "normalised_sigmoid"]
 Order = Literal["gate_first", "topk_first"]
 
 
-class Gated(Scored):
-    """The k best experts, each weighted by its gate value.
+class Weighed(Scored):
+    """Each chosen expert is weighed by its gate value.
 
     softmax: over experts. sigmoid: of each score by itself. normalised_sigmoid: sigmoids over their sum.
-    gate_first takes that over all experts and then chooses, topk_first chooses and then takes it over the chosen;
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, gate: Gate = "softmax", **common: Any):
+        super().__init__(dim, num_experts, **common)
+        self.function = gate
+
+    def gate(self, logits_TE: Tensor) -> Tensor:
+        if self.function == "softmax":
+            return logits_TE.softmax(-1)
+        return logits_TE.sigmoid() if self.function == "sigmoid" else _shares_of_sigmoids(logits_TE)
+
+    def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
+        return _shares_of_sigmoids(logits_TE) if self.function == "sigmoid" else gates_TE
+
+    @classmethod
+    def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
+        apart = node["gate"] == "sigmoid"  # any other gate of one expert alone is 1
+        rows = "selected" if apart else "none" if E == 1 else "all"
+        return replace(super().traits(node, E), live=apart or E > 1, rows=rows)
+
+
+class Gated(Weighed):
+    """The k best experts, each weighted by its gate value, over all experts or over the chosen.
+
+    gate_first takes the gate over all experts and then chooses, topk_first chooses and then takes it over the chosen;
     renormalise divides the chosen weights by their sum. What is equal, and which rows get a gradient:
 
     - the same, rows of the chosen: softmax topk_first, softmax renormalised
@@ -43,17 +67,8 @@ class Gated(Scored):
         renormalise: bool = False,
         **common: Any,
     ):
-        super().__init__(dim, num_experts, **common)
-        self.function = gate
+        super().__init__(dim, num_experts, gate=gate, **common)
         self.among_chosen = _among_chosen(gate, order, renormalise)
-
-    def gate(self, logits_TE: Tensor) -> Tensor:
-        if self.function == "softmax":
-            return logits_TE.softmax(-1)
-        return logits_TE.sigmoid() if self.function == "sigmoid" else _shares_of_sigmoids(logits_TE)
-
-    def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
-        return _shares_of_sigmoids(logits_TE) if self.function == "sigmoid" else gates_TE
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         # A softmax over the chosen scores is the softmax over all of them, renormalised; so for the sigmoids' shares.
@@ -61,10 +76,11 @@ class Gated(Scored):
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
-        among_chosen = _among_chosen(node["gate"], node["order"], node["renormalise"])
-        alone = node["k"] == 1 if among_chosen else E == 1 and node["gate"] != "sigmoid"
-        rows = "none" if alone else "selected" if among_chosen or node["gate"] == "sigmoid" else "all"
-        return replace(super().traits(node, E), live=not alone, rows=rows)
+        found = super().traits(node, E)
+        if not _among_chosen(node["gate"], node["order"], node["renormalise"]):
+            return found
+        alone = node["k"] == 1
+        return replace(found, live=not alone, rows="none" if alone else "selected")
 
 
 def _among_chosen(gate: Gate, order: Order, renormalise: bool) -> bool:

@@ -112,6 +112,14 @@ def make_moe(
     return moe.to(dtype)
 
 
+def underway(moe: MoE) -> MoE:
+    """The layer as after some updates: before the first, what its router keeps of the experts' outputs is zero."""
+    if moe.router.wants_outputs:
+        mean_ED = moe.router.get_buffer("mean_ED")
+        mean_ED.copy_(randn(*mean_ED.shape, key=("means",)))
+    return moe
+
+
 def context(
     noise_TE: Tensor | None = None,
     bias_E: Tensor | None = None,

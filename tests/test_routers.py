@@ -23,6 +23,7 @@ from layers import (
     router_cases,
     told,
     traits,
+    underway,
 )
 from torch import Tensor
 
@@ -92,7 +93,7 @@ def test_noise_matters_in_training_and_is_off_in_evaluation(node: dict[str, Any]
 @those_that(lambda cls, traits: traits.live is not None and cls.objective is Router.objective)
 def test_task_gradient_reaches_the_gate(node: dict[str, Any]):
     """Except where the weight is 1 whatever the logits: there rounding leaves about 1e-6 of the experts' gradient."""
-    moe = make_moe(node, D, E, dtype=torch.float32)
+    moe = underway(make_moe(node, D, E, dtype=torch.float32))
     x_TD, target_TD = randn(T, D).float(), randn(T, D, key=("target",)).float()
     y_TD, _ = moe(x_TD, context(**told(moe.router, T)))
     (y_TD - target_TD).square().mean().backward()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import context, make_moe, norm, preset, randn, router_cases
+from layers import combinations, context, make_moe, norm, preset, randn, router_cases, underway
 from torch import Tensor
 
 from moe_lab import seeding
@@ -28,6 +28,21 @@ MORE: dict[str, list[Any]] = {
     "version": ["v1", "v2"],
 }
 every = pytest.mark.parametrize("node", router_cases(MORE))
+# Which rows get a gradient turns on these together, in a way of its own for each router that does not just take k best.
+GATES = {
+    "k": [1, 2],
+    "gate": ["softmax", "sigmoid", "normalised_sigmoid"],
+    "order": ["gate_first", "topk_first"],
+    "renormalise": [False, True],
+}
+every_gate = pytest.mark.parametrize(
+    "node",
+    [
+        pytest.param(preset("router", name, **changes), id="-".join([name, *map(str, changes.values())]))
+        for name in ("default_moe", "expert_choice", "noisy_topk", "sinkhorn")
+        for changes in combinations(GATES, whole=True)
+    ],
+)
 
 
 def declared(node: dict[str, Any]) -> Traits:
@@ -57,7 +72,7 @@ def built(node: dict[str, Any]) -> MoE:
     moe = make_moe(node, D, E)
     if moe.router.data_dependent_init:
         moe.router.init_from(randn(T, D, key=("first",)))
-    return moe
+    return underway(moe)
 
 
 def run(
@@ -102,10 +117,12 @@ def test_learns_and_even(node: dict[str, Any]) -> None:
 
 @every
 def test_rows(node: dict[str, Any]) -> None:
-    """The gradient of one token's output by its own scores: at the experts that it uses, at all, or at none."""
+    """The gradient of one token's output by its own scores: at the experts that it uses, at all, or at none. Of tokens
+    with other numbers of experts one of most: where one expert alone has a renormalised weight, no row gets any."""
     moe, (x_TD, ids_T) = built(node), tokens()
     y_TD, routing = run(moe, x_TD, ids_T, training=True)
-    t = 5
+    used_T = (routing.plan.selected_TK < E).sum(-1).tolist()
+    t = max(range(5, T), key=used_T.__getitem__)
     value = (y_TD[t] * randn(D, key=("c",))).sum()
     loss_T = torch.zeros(T, dtype=torch.float64)
     loss_T[t] = value.detach()
@@ -195,6 +212,12 @@ def test_flops(node: dict[str, Any]) -> None:
         assert len(set(rows)) > 1
     else:
         assert rows == [round(flops * T * node["k"])] * len(plans)
+
+
+@every_gate
+def test_live_and_rows_of_every_gate(node: dict[str, Any]) -> None:
+    test_live(node)
+    test_rows(node)
 
 
 def test_a_wrong_trait_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.config import option
+from moe_lab.plans import shares
 from moe_lab.routers.gated import Gated
 from moe_lab.routing import Choices, Context, Plan, Routing, Traits
 from moe_lab.schedules import Schedule, constant
@@ -21,8 +22,8 @@ class DefaultMoE(Gated):
     update m_i moves by `rate` to the mean of expert i's outputs in it, over the rows that it computed.
 
     Ours: m_i starts at 0, where the layer is plain top-k without renormalising; the rate; the same sum in evaluation;
-    an expert that ran on no token keeps its m_i; a token that capacity drops gets nothing in the expert's place; order
-    and renormalise weigh the k experts, and each of the others keeps its gate value over all.
+    an expert that ran on no token keeps its m_i; a token that capacity drops gets nothing in the expert's place. Where
+    the weights of the k are made to sum to one (order, renormalise), each m_i keeps its share of the gate over all.
     """
 
     wants_outputs = True
@@ -42,6 +43,8 @@ class DefaultMoE(Gated):
         self.register_buffer("mean_ED", torch.zeros(num_experts, dim))
 
     def offset(self, plan: Plan, gates_TE: Tensor, ctx: Context) -> Tensor:
+        if self.among_chosen:  # of sigmoids too
+            gates_TE = shares(gates_TE)
         # One more column takes the slots that hold no choice.
         runs_TX = torch.zeros_like(gates_TE[:, :1], dtype=torch.bool).repeat(1, self.num_experts + 1)
         runs_TE = runs_TX.scatter(1, plan.selected_TK, True)[:, :-1]

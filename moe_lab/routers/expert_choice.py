@@ -25,7 +25,8 @@ class ExpertChoice(Gated):
     at all where nobody wants it.
 
     Ours: another gate is compared and weighs in the place of the probability. With order=topk_first experts compare
-    scores, and the gate is taken over the experts that took the token; renormalise divides by the sum over these.
+    scores, and the gate is taken over the experts that took the token; renormalise divides by the sum over these
+    (a token that one expert took then sends the router no gradient).
 
     Whether an expert takes a token depends on the tokens after it: not causal, in evaluation neither.
     """

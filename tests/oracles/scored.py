@@ -89,13 +89,39 @@ def gated(
         float(s.detach() if bias is None else g.detach()) for s, g in zip(scores, gates(scores, gate), strict=True)
     ]
     best = ranked([m + (0.0 if bias is None else bias[e]) for e, m in enumerate(merits)])[:k]
-    sharp = [s / temperature for s in scores]
+    return weigh([s / temperature for s in scores], best, gate, order, renormalise)
+
+
+def weigh(scores: list[Tensor], chosen: list[int], gate: str, order: str, renormalise: bool) -> dict[int, Tensor]:
+    """The weights of one token's experts, however they were chosen: the gate over all or over these."""
+    if not chosen:
+        return {}
     if order == "topk_first":
-        weights = dict(zip(best, gates([sharp[e] for e in best], gate), strict=True))
+        weights = dict(zip(chosen, gates([scores[e] for e in chosen], gate), strict=True))
     else:
-        every = gates(sharp, gate)
-        weights = {e: every[e] for e in best}
+        every = gates(scores, gate)
+        weights = {e: every[e] for e in chosen}
     return shared(weights) if renormalise else weights
+
+
+def stand_ins(scores: list[Tensor], chosen: list[int], gate: str, order: str, renormalise: bool) -> dict[int, Tensor]:
+    """Default MoE's weights of the means of the experts that do not run: the gate over all experts, and its share where
+    the weights of those that run sum to one."""
+    every = dict(enumerate(gates(scores, gate)))
+    if renormalise or (order == "topk_first" and gate != "sigmoid"):
+        every = shared(every)
+    return {e: g for e, g in every.items() if e not in chosen}
+
+
+def wanted(scores: list[list[Tensor]], take: int, gate: str, order: str) -> list[list[int]]:
+    """The experts of each token under expert choice: every expert takes the `take` tokens of one group whose gate
+    value (topk_first: score) for it is largest."""
+    wishes = [row if order == "topk_first" else gates(row, gate) for row in scores]
+    chosen: list[list[int]] = [[] for _ in scores]
+    for e in range(len(scores[0])):
+        for t in ranked([float(row[e].detach()) for row in wishes])[:take]:
+            chosen[t].append(e)
+    return chosen
 
 
 def shared(weights: dict[int, Tensor]) -> dict[int, Tensor]:

@@ -48,6 +48,8 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "reinforce": ["router.baseline=none", "router.baseline=mean", "router.baseline=critic"],
         "random": ["router.draw=fresh"],
         "sparsemixer": ["router.version=v1"],
+        "default_moe": ["router.renormalise=true"],
+        "expert_choice": ["router.order=topk_first"],
         "topk": ["router.gate=sigmoid", "router.gate=normalised_sigmoid", "router.scoring=mlp"],
     },
     "balance": {

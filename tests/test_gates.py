@@ -113,7 +113,7 @@ def test_rows_that_get_a_gradient(options: dict[str, Any], k: int, experts: int)
 
 
 @every_gate
-@pytest.mark.parametrize("name", ["topk", "switch"])
+@pytest.mark.parametrize("name", ["topk", "switch", "noisy_topk", "sinkhorn"])
 def test_the_first_remedy_for_a_frozen_router_revives_it(options: dict[str, Any], name: str):
     node = preset("router", name, k=1, **options)
     router = registered("router")[name]

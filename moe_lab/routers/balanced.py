@@ -18,7 +18,7 @@ from moe_lab.routing import Assignments, Choices, Context, Plan, Router, Touches
 
 
 class Balanced(Router):
-    """What stands behind the class that weighs."""
+    """Beside a class that weighs, what all of them promise."""
 
     scored = False
 

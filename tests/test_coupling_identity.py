@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch.nn.functional as F
-from layers import context, dense_weights, grad, make_moe, preset, randn, router_cases, told, traits
+from layers import context, dense_weights, grad, make_moe, preset, randn, router_cases, told, traits, underway
 
 D, E = 16, 6
 
@@ -15,7 +15,7 @@ D, E = 16, 6
 @pytest.mark.parametrize("kind", ["mlp", "swiglu"])
 @pytest.mark.parametrize("node", router_cases())
 def test_gradient_rows_point_along_the_token(node: dict[str, Any], kind: str):
-    moe = make_moe(node, D, E, kind, width=8)
+    moe = underway(make_moe(node, D, E, kind, width=8))
     x_1D = randn(1, D)
     y_1D, routing = moe(x_1D, context(**told(moe.router, 1)))
     (y_1D * randn(1, D, key=("c",))).sum().backward()

@@ -23,7 +23,8 @@ class DefaultMoE(Gated):
 
     Ours: m_i starts at 0, where the layer is plain top-k without renormalising; the rate; the same sum in evaluation;
     an expert that ran on no token keeps its m_i; a token that capacity drops gets nothing in the expert's place. Where
-    the weights of the k are made to sum to one (order, renormalise), each m_i keeps its share of the gate over all.
+    the weights of the k are made to sum to one (order, renormalise), each m_i keeps its share of the gate over all;
+    with k=1 the task then trains the router through these alone, once the first update has moved them from 0.
     """
 
     wants_outputs = True

@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/moe-lab train router=gumbel_ste
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 COUNTS = ("num", "zero_experts", "copy_experts", "constant_experts")
+CHOICES = ("k", "most")  # of a router: how many experts a token gets, at most
 
 
 def split(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A complete config whose counts and router.k are those that run; widths stay as they are told."""
+    """A complete config whose counts and choices per token are those that run; widths stay as they are told."""
     experts, g = cfg["experts"], cfg["experts"]["granularity"]
     finer = {name: g * experts[name] for name in COUNTS} | {"granularity": 1}
-    return {**cfg, "experts": {**experts, **finer}, "router": {**cfg["router"], "k": g * cfg["router"]["k"]}}
+    chosen = {name: g * n for name in CHOICES if (n := cfg["router"].get(name)) is not None}
+    return {**cfg, "experts": {**experts, **finer}, "router": {**cfg["router"], **chosen}}
 
 
 def routed(cfg: Mapping[str, Any]) -> tuple[int, int]:

@@ -247,6 +247,11 @@ def test_fine_grained_experts_keep_the_active_parameters(router: str, granularit
     assert sum(p.numel() for p in fine.model.parameters()) - sum(p.numel() for p in coarse.model.parameters()) == rows
 
 
+def test_fine_grained_experts_keep_the_limit_of_top_p():
+    coarse, fine = (assemble(tiny("router=top_p", "router.most=2", f"experts.granularity={g}")) for g in (1, 4))
+    assert [parts.model.moes[0].router.most_per_token() for parts in (coarse, fine)] == [2, 8]
+
+
 @kinds
 @cases
 def test_cost_counts_what_each_expert_multiplies(kind: str, changes: dict[str, Any]):

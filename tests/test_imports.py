@@ -40,7 +40,7 @@ MAY: dict[str, set[str]] = {
     "optim": {"config"},
     "objectives": {"config"},
     "routers": {"assignment", "config", "plans", "routing", "schedules", "seeding", "sizes", "slots"},
-    "explore": {"config", "plans", "routing", "schedules"},
+    "explore": {"config", "plans", "routing", "schedules", "sizes"},
     "model": {"config", "plans", "routing", "schedules", "seeding", "sizes"},
     "balance": {"config", "counting", "model", "plans", "routing", "schedules", "sizes"},
     "upkeep": {"balance", "model", "schedules"},

@@ -1,5 +1,7 @@
 """A run whose routing shows a causal model its future: refused unless asked for, and labelled wherever it is told."""
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -51,6 +53,16 @@ def test_a_run_says_whether_it_leaks_and_where(case: str, here: Path) -> None:
     words, leaks = RUNS[case]
     found = labels(*words)
     assert set(found.values()) == {leaks}, found
+
+
+@pytest.mark.parametrize("form", [[], ["--long"]], ids=["wide", "long"])
+@pytest.mark.parametrize("case", ["router", "causal"])
+def test_an_exported_table_says_so_in_every_row(case: str, form: list[str], here: Path) -> None:
+    words, leaks = RUNS[case]
+    assert moe_lab("train", *SMALL, *words).code == 0
+    (run,) = Path("outputs").glob("*/*")
+    table = list(csv.DictReader(io.StringIO(moe_lab("export", str(run), *form, "--out", "-").out)))
+    assert table and {row.get("leaks") for row in table} == ({"True"} if leaks else {None})
 
 
 def test_diff_says_which_run_leaks(here: Path) -> None:

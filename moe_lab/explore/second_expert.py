@@ -12,6 +12,7 @@ from moe_lab.explore.base import SetChoice, runs_every_expert
 from moe_lab.plans import Assignments, shares
 from moe_lab.routing import Draw, Plan
 from moe_lab.schedules import Schedule, constant
+from moe_lab.sizes import routed
 
 
 @option("explore", "second_expert")
@@ -43,6 +44,6 @@ class SecondExpert(SetChoice):
             return found
         if runs_every_expert(router):
             return [f"explore.second_expert: router={router['name']} runs every expert here; it needs a choice of two"]
-        if router.get("k") != 2:
-            return [f"explore.second_expert: needs router.k=2, this is {router.get('k')}"]
+        if (k := routed(cfg)[1]) != 2:
+            return [f"explore.second_expert: needs a choice of two (router.k=2), this is one of {k}"]
         return []

@@ -18,7 +18,7 @@ from moe_lab.model.experts import FeedForward
 from moe_lab.model.moe import MoE
 from moe_lab.routing import Context, Routing
 from moe_lab.seeding import parameter
-from moe_lab.sizes import routed, usual_width
+from moe_lab.sizes import CHOICES, routed, usual_width
 
 PosInt = Annotated[int, Field(ge=1)]
 MOST_WEIGHTS = 10**11
@@ -184,4 +184,4 @@ def _feed(
 def finer(router: Mapping[str, Any], granularity: int) -> Mapping[str, Any]:
     """The router's node with `granularity` times the choices."""
     k = router.get("k", schema(registered("router")[router["name"]]).model_fields["k"].default)
-    return {**router, "k": granularity * k}
+    return {**router, **{name: granularity * n for name in CHOICES if (n := {"k": k, **router}.get(name)) is not None}}

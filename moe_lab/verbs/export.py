@@ -12,7 +12,8 @@ from moe_lab.recorded import read
 
 ABOUT = """One row per log row and one column per number: scalars keep their name (loss, moe/load_cv/worst), arrays get
 a column per layer, moe/load_cv[0], and per layer and expert, moe/selected[0][3]. --long gives one row per number
-instead, with the columns step, metric, layer, expert and value, ready for a groupby (arrays of numbers only)."""
+instead, with the columns step, metric, layer, expert and value, ready for a groupby (arrays of numbers only). A run
+whose router sees later tokens has a column that says so, leaks: its losses compare with no causal model's."""
 
 
 def main(argv: list[str]) -> int:
@@ -24,12 +25,14 @@ def main(argv: list[str]) -> int:
     asked = parser.parse_args(argv)
     form = asked.format or ("parquet" if str(asked.out).endswith(".parquet") else "csv")
     try:
-        rows = read(asked.run).rows
+        run = read(asked.run)
     except ValueError as error:
         return complain([str(error)], 4 if isinstance(error, Damaged) else 2)
-    if not rows:
+    if not run.rows:
         return complain([f"{asked.run}: no rows in metrics.jsonl yet"])
-    table = list(long(rows)) if asked.long else [wide(row) for row in rows]
+    table = list(long(run.rows)) if asked.long else [wide(row) for row in run.rows]
+    if run.env.get("leaks"):
+        table = [row | {"leaks": True} for row in table]
     quiet_pipe()
     if asked.out == "-":
         if form == "parquet":

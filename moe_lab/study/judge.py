@@ -16,6 +16,7 @@ from moe_lab.study.results import Results
 from moe_lab.study.statistics import Estimate, Range
 
 SUPPORTED, REFUTED, INCONCLUSIVE = "supported", "refuted", "inconclusive"
+LARGEST_LOG = 700.0  # of a float64
 TOKENS = "more tokens would settle it, not more seeds"
 
 
@@ -105,7 +106,8 @@ def _too_near(e: Evidence) -> str:
 
 
 def _ratio(found: Estimate | None, effects: list[float]) -> tuple[Estimate | None, list[float]]:
-    """Of logs the ratios that they stand for; the mean becomes the geometric one."""
+    """Of logs the ratios that they stand for; the mean becomes the geometric one. None: too large for a number."""
     names = ("mean", "low", "high", "boot_low", "boot_high")
-    there = {name: math.exp(x) for name in names if (x := getattr(found, name, None)) is not None}
-    return found and replace(found, **there), [math.exp(x) for x in effects]
+    logs = {name: x for name in names if (x := getattr(found, name, None)) is not None}
+    ratios = {name: math.exp(x) if x < LARGEST_LOG else None for name, x in logs.items()}
+    return found and replace(found, **ratios), [math.exp(x) for x in effects]

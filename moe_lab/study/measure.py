@@ -50,7 +50,7 @@ def floor(run: Recorded, metric: str, reduce: Reduce) -> Floor | None:
     """The metric's sampling floor at the tokens, experts and choices of those rows; None where it is not known.
 
     From the metric's declaration, of the layer where it is largest, mean over the rows. Where the rows hold a floor of
-    their own (nmi_domain_floor), it is that. Unknown are floors of [L][E] values and of what no choices were counted for.
+    their own (nmi_domain_floor), it is that. Floors of [L][E] values are unknown.
     """
     prefix, moe, name = metric.rpartition("moe/")
     name, prefix = name.split("/")[0], prefix + moe

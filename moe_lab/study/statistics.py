@@ -7,7 +7,7 @@ A claim says that the mean effect over seeds lies in a range [low, high]: at lea
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -65,7 +65,7 @@ def estimate(effects: Sequence[float], inside: Range, alpha: float = ALPHA) -> E
 
 def sides(inside: Range) -> int:
     """How many sides share alpha: both sides of one bound. A claim with two bounds is two one-sided tests that must
-    both hold (TOST, Schuirmann 1987): each has all of alpha, and the interval that goes with them is of 90 %, not 95."""
+    both hold (TOST, Schuirmann 1987): each has all of alpha, and the interval that goes with them is of 90 %."""
     return 1 if all(map(math.isfinite, inside)) else 2
 
 
@@ -100,7 +100,8 @@ def _one_sided(effects: Sequence[float], bound: float, side: Side) -> float:
     if constant(effects):
         mean = float(np.mean(effects))
         return float(not (mean < bound if side == "less" else mean > bound))
-    return float(stats.ttest_1samp(effects, bound, alternative=side)[1])
+    found: Any = stats.ttest_1samp(effects, bound, alternative=side)
+    return float(found.pvalue)
 
 
 def holm(p: Sequence[float], alpha: float = ALPHA) -> list[float]:
@@ -121,7 +122,7 @@ def constant(effects: Sequence[float]) -> bool:
 
 
 def bootstrap(effects: Sequence[float], level: float) -> Range:
-    """The bootstrap's percentile interval of the mean. BCa is undefined where all are alike. Too narrow for few seeds."""
+    """The bootstrap's percentile interval of the mean. BCa is undefined where all are alike. Too narrow for few."""
     rng = np.random.default_rng(0)
     found = stats.bootstrap(
         (effects,), np.mean, method="percentile", n_resamples=RESAMPLES, confidence_level=level, rng=rng

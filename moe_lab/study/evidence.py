@@ -51,7 +51,7 @@ class Evidence:
             return self.values[0]
         if self.claim.by == "difference":
             return [a - b for a, b in zip(*self.values, strict=True)]
-        return [] if self.no_ratio else [math.log(a / b) for a, b in zip(*self.values, strict=True)]
+        return [] if self.no_ratio else [math.log(a) - math.log(b) for a, b in zip(*self.values, strict=True)]
 
     @property
     def inside(self) -> Range:

@@ -106,8 +106,12 @@ def _too_near(e: Evidence) -> str:
 
 
 def _ratio(found: Estimate | None, effects: list[float]) -> tuple[Estimate | None, list[float]]:
-    """Of logs the ratios that they stand for; the mean becomes the geometric one. None: too large for a number."""
+    """Of logs the ratios that they stand for; the mean becomes the geometric one."""
     names = ("mean", "low", "high", "boot_low", "boot_high")
     logs = {name: x for name in names if (x := getattr(found, name, None)) is not None}
-    ratios = {name: math.exp(x) if x < LARGEST_LOG else None for name, x in logs.items()}
-    return found and replace(found, **ratios), [math.exp(x) for x in effects]
+    return found and replace(found, **{name: _exp(x) for name, x in logs.items()}), [_exp(x) for x in effects]
+
+
+def _exp(x: float) -> float:
+    """The interval of few seeds may end beyond the largest number that there is."""
+    return math.exp(min(x, LARGEST_LOG))

@@ -26,6 +26,7 @@ RUN = {"loss", "loss_total", "ppl", "grad_norm", "lr"}
 RUN |= {
     "eval/" + name for name in ("loss", "ppl", "loss_top1", "loss_topk", "ppl_top1", "ppl_topk", "unigram", "bigram")
 }
+NO_METRICS = {"step", "tokens", "window", "eval/tokens", "moe/verdict"}  # they stand in the rows
 OF_THE_CONFIG = ("term/", "knob/")  # which of these there are depends on what was chosen
 
 
@@ -102,13 +103,8 @@ def _over(how: str, numbers: list[Number]) -> float | None:
 
 
 def holds(run: Recorded) -> set[str]:
-    """The metrics in a run's rows that are numbers, or lists of them."""
-    texts = {key for row in run.rows for key, found in row.items() if _text(found)}
-    return {key for row in run.rows for key in row} - texts - {"step", "tokens", "window"}
-
-
-def _text(found: Any) -> bool:
-    return isinstance(found, str) or (isinstance(found, list) and any(isinstance(v, str) for v in found))
+    """The metrics in a run's rows."""
+    return {key for row in run.rows for key in row} - NO_METRICS
 
 
 def known(metric: str) -> bool:

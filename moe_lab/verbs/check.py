@@ -131,7 +131,7 @@ def _found(verdict: Verdict) -> str:
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return f"[{', '.join('inf' if x is None else f'{x:.4g}' for x in (low, high))}]"
+    return f"[{low:.4g}, {high:.4g}]"
 
 
 def _wrapped(text: str, width: int, indent: str = INDENT) -> list[str]:

@@ -75,9 +75,9 @@ def test_a_ratio_that_has_no_logarithm() -> None:
 
 
 def test_a_ratio_beyond_all_numbers_stays_a_number() -> None:
-    found = one(claim(by="ratio", at_least=2), [1e200, 1.0], [1e-200, 1.0])
+    found = one(claim(by="ratio", at_least=2), [1e300, 1.0], [1e-300, 1.0])
     assert found.estimate is not None and found.estimate.high is not None
-    assert found.verdict == INCONCLUSIVE and 1e200 < found.estimate.high < math.inf
+    assert found.verdict == INCONCLUSIVE and 1e300 < found.estimate.high < math.inf
 
 
 def test_equivalence() -> None:
@@ -130,7 +130,7 @@ def test_what_would_settle_it() -> None:
     n = found.estimate and found.estimate.seeds_to_settle
     assert n is not None and statistics.power(n, 0.008, float(spread), (0, math.inf)) >= 0.8
     assert found.why == f"the interval crosses the bound; about {n} seeds would settle it"
-    assert "not even 10,000 seeds" in one(claim(arm="a", at_least=0.33), around(0.320001)).why
+    assert "not even 10,000 seeds" in one(claim(arm="a", at_least=0.33), around(0.330001)).why
 
 
 def floored(values: Sequence[float], tokens: int) -> list[dict[str, Any]]:

@@ -104,19 +104,23 @@ def _print(judged: Judged) -> None:
 def told(verdict: Verdict, width: int) -> list[str]:
     """What is claimed and what was found, on one line where there is room."""
     changed = " *changed after results*" if verdict.changed else ""
-    says, found = f"{verdict.claim.says}{changed}", _found(verdict)
-    whole = f"{INDENT}{printable(says)}: {found}"
-    return [whole] if len(whole) <= width else [*_wrapped(says, width), *_wrapped(found, width)]
+    return _together([f"{verdict.claim.says}{changed}", _found(verdict)], ": ", width)
 
 
 def besides(verdict: Verdict, width: int) -> list[str]:
-    """What would settle it, and the same question asked in other ways."""
-    lines = _wrapped(verdict.why, width) if verdict.why else []
-    e = verdict.estimate
-    if e is None or e.p is None:
-        return lines
-    tests = f"p {e.p:.2g}, by sign flips {e.sign_flip_p:.2g} (at best {e.sign_flip_floor:.2g})"
-    return lines + _wrapped(f"bootstrap {_interval(e.boot_low, e.boot_high)}; {tests}", width)
+    """What would settle it, what was measured, and the same question asked in other ways."""
+    of = {"difference": " minus ", "ratio": " over "}[verdict.claim.by].join(verdict.claim.arms())
+    e, measured = verdict.estimate, [f"{verdict.claim.metric} of {of}"]
+    if e is not None and e.p is not None:
+        tests = f"p {e.p:.2g}, by sign flips {e.sign_flip_p:.3g} (at best {e.sign_flip_floor:.3g})"
+        measured.append(f"{tests}; bootstrap {_interval(e.boot_low, e.boot_high)}")
+    why = verdict.why.split("; ") if verdict.why else []
+    return [line for part in why for line in _wrapped(part, width)] + _together(measured, "; ", width)
+
+
+def _together(parts: list[str], between: str, width: int) -> list[str]:
+    whole = INDENT + printable(between.join(parts))
+    return [whole] if len(whole) <= width else [line for part in parts for line in _wrapped(part, width)]
 
 
 def _found(verdict: Verdict) -> str:

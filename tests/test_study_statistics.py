@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, stats
 
 from moe_lab.study import statistics
 from moe_lab.study.statistics import Range, estimate, holm, interval, p_value, power, seeds_to_settle, sign_flip
@@ -100,6 +100,19 @@ def test_the_floor_of_sign_flips_is_met_where_all_effects_agree(n: int) -> None:
     p, least = sign_flip([1.0 + i for i in range(n)], ABOVE_0)
     assert p == pytest.approx(least)
     assert least == pytest.approx(max(2.0 ** (1 - n), 2e-4))  # from 14 seeds on 9999 flips are drawn
+
+
+@pytest.mark.parametrize(
+    "n, d, critical", [(2, 3.0, 12.7062), (4, 2.0, 3.18245), (5, 1.6, 2.77645), (10, 1.0, 2.26216)]
+)
+def test_power_by_integration(n: int, d: float, critical: float) -> None:
+    """The mean is normal and the variance chi-square; t is beyond its tabled critical value where z > critical s - d."""
+    df = n - 1
+    found, _ = integrate.quad(
+        lambda s: stats.norm.sf(critical * s - d * math.sqrt(n)) * stats.chi.pdf(s * math.sqrt(df), df) * math.sqrt(df),
+        *(0, 10),
+    )
+    assert power(n, d, 1.0, ABOVE_0) == pytest.approx(found, abs=1e-5)
 
 
 def test_seeds_of_the_tables() -> None:

@@ -10,8 +10,10 @@ from made_sweep import made_run, made_sweep
 
 from moe_lab import durable
 from moe_lab.run import encode
+from moe_lab.study.files import read_study
 from moe_lab.study.folder import Sweep, write
 from moe_lab.study.judge import judge
+from moe_lab.study.measure import known
 from moe_lab.study.results import load
 
 UNEVEN = "without balancing the load is uneven"
@@ -133,3 +135,13 @@ def test_what_no_run_writes_is_refused(sweep: Sweep) -> None:
     durable.write(sweep.folder / "switch-0/metrics.jsonl", encode({"step": 6, "moe/load_cv_of_ceiling": ["high"]}))
     said = moe_lab("check", str(sweep.folder))
     assert said.code == 4 and "holds what no run writes" in said.err and said.err.count("\n") == 1
+
+
+def test_the_study_of_the_docs_is_one_and_its_output_names_every_claim(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/judging.md").read_text()
+    text, printed = page.split("```yaml\n")[1].split("```")[0], page.split("```\n")[2]
+    (tmp_path / "even.yaml").write_text(text)
+    study, grid = read_study(tmp_path / "even.yaml")
+    assert grid == {"arm": "*", "seed": "range(5)"}
+    for claim in study.claims:
+        assert claim.says in " ".join(printed.split()) and known(claim.metric)

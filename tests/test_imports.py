@@ -133,6 +133,7 @@ def test_every_part_is_there() -> None:
         "list router",
         "train --help",
         "losses --help",
+        "check --help",
         "train --cfg job --resolve",
         "train --info searchpath",
         "train routr=topk",

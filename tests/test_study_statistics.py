@@ -106,7 +106,7 @@ def test_the_floor_of_sign_flips_is_met_where_all_effects_agree(n: int) -> None:
     "n, d, critical", [(2, 3.0, 12.7062), (4, 2.0, 3.18245), (5, 1.6, 2.77645), (10, 1.0, 2.26216)]
 )
 def test_power_by_integration(n: int, d: float, critical: float) -> None:
-    """The mean is normal and the variance chi-square; t is beyond its tabled critical value where z > critical s - d."""
+    """The mean is normal and the variance chi-square; t is beyond its critical value where z > critical s - d."""
     df = n - 1
     found, _ = integrate.quad(
         lambda s: stats.norm.sf(critical * s - d * math.sqrt(n)) * stats.chi.pdf(s * math.sqrt(df), df) * math.sqrt(df),

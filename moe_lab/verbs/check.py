@@ -5,20 +5,22 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_lab import reading
 from moe_lab.cli import arguments, complain, printable, quiet_pipe
 from moe_lab.reading import FOREIGN, Damaged
-from moe_lab.study.judge import Verdict, bound, judge
-from moe_lab.study.results import Results, load
+
+if TYPE_CHECKING:
+    from moe_lab.study.judge import Verdict
+    from moe_lab.study.results import Results
 
 ABOUT = """Judge the claims of a study by the runs in its sweep's folder: supported, refuted or inconclusive. A number
 stands with its interval over seeds, whose level takes account of all claims of the study; docs/judging.md explains
 each. The exit code is 0 whatever the verdicts are, 1 where they are not those of --expect."""
 COLOURS = {"supported": "green", "refuted": "red", "inconclusive": "yellow"}
 INDENT = " " * 14
-Judged = list[tuple[Results, list[Verdict]]]
+Judged = list[tuple["Results", "list[Verdict]"]]
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +43,10 @@ def main(argv: list[str]) -> int:
     return complain([f"{asked.expect}: {line}" for line in wrong], 1) if wrong else 0
 
 
-def _judged(folder: Path) -> tuple[Results, list[Verdict]]:
+def _judged(folder: Path) -> "tuple[Results, list[Verdict]]":
+    from moe_lab.study.judge import judge
+    from moe_lab.study.results import load
+
     results = load(folder)
     if results.sweep.study is None:
         raise ValueError(f"{folder}: makes no claims; those stand in a study's file (moe-lab sweep NAME)")
@@ -53,7 +58,7 @@ def _judged(folder: Path) -> tuple[Results, list[Verdict]]:
         raise ValueError(f"{folder}: {error}") from None
 
 
-def as_json(results: Results, verdicts: list[Verdict]) -> dict[str, Any]:
+def as_json(results: "Results", verdicts: "list[Verdict]") -> dict[str, Any]:
     """A study with its verdicts, as --json writes them and --expect reads them."""
     sweep = results.sweep
     told = {"name": sweep.name, "scale": sweep.scale, "folder": str(sweep.folder), "claims_sha256": sweep.claims}
@@ -101,13 +106,13 @@ def _print(judged: Judged) -> None:
             console.print(*(Text(line, "dim") for line in besides(verdict, width)), sep="\n")
 
 
-def told(verdict: Verdict, width: int) -> list[str]:
+def told(verdict: "Verdict", width: int) -> list[str]:
     """What is claimed and what was found, on one line where there is room."""
     changed = " *changed after results*" if verdict.changed else ""
     return _together([f"{verdict.claim.says}{changed}", _found(verdict)], ": ", width)
 
 
-def besides(verdict: Verdict, width: int) -> list[str]:
+def besides(verdict: "Verdict", width: int) -> list[str]:
     """What would settle it, what was measured, and the same question asked in other ways."""
     of = {"difference": " minus ", "ratio": " over "}[verdict.claim.by].join(verdict.claim.arms())
     e, measured = verdict.estimate, [f"{verdict.claim.metric} of {of}"]
@@ -123,7 +128,9 @@ def _together(parts: list[str], between: str, width: int) -> list[str]:
     return [whole] if len(whole) <= width else [line for part in parts for line in _wrapped(part, width)]
 
 
-def _found(verdict: Verdict) -> str:
+def _found(verdict: "Verdict") -> str:
+    from moe_lab.study.judge import bound
+
     e, claimed = verdict.estimate, bound(verdict.claim)
     ratio = "ratio " if verdict.claim.by == "ratio" else ""
     if e is None:

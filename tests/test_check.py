@@ -131,8 +131,19 @@ def test_mistakes_are_one_line(sweep: Sweep, tmp_path: Path) -> None:
     assert said.code == 2 and "moe/load_cv_of_ceiling: no such metric" in said.err and said.err.count("\n") == 1
 
 
-def test_what_no_run_writes_is_refused(sweep: Sweep) -> None:
-    durable.write(sweep.folder / "switch-0/metrics.jsonl", encode({"step": 6, "moe/load_cv_of_ceiling": ["high"]}))
+def test_words_of_others_steer_no_terminal(sweep: Sweep) -> None:
+    assert sweep.study is not None
+    claim = sweep.study.claims[0].model_copy(update={"says": "[bold]\x1b[2J\nso it is"})
+    hostile = sweep.study.model_copy(update={"question": "\x1b]0;x\x07?", "claims": [claim]})
+    write(Sweep(sweep.folder, sweep.name, sweep.scale, hostile, sweep.jobs, sweep.command))
+    said = moe_lab("check", str(sweep.folder))
+    assert said.code == 0 and "[bold] [2J so it is *changed after results*: 0.51" in said.out
+    assert not {"\x1b", "\x07"} & set(said.out)
+
+
+@pytest.mark.parametrize("value", [["high"], [1e200], {"a": 1}, [[[1.0]]]], ids=str)
+def test_what_no_run_writes_is_refused(sweep: Sweep, value: Any) -> None:
+    durable.write(sweep.folder / "switch-0/metrics.jsonl", encode({"step": 6, "moe/load_cv_of_ceiling": value}))
     said = moe_lab("check", str(sweep.folder))
     assert said.code == 4 and "holds what no run writes" in said.err and said.err.count("\n") == 1
 

@@ -20,6 +20,7 @@ OVER: dict[str, Callable[[list[float]], float]] = {
     "min": min,
     "std": statistics.pstdev,  # as in load_cv: these experts are all there are
 }
+LARGEST = 1e150  # its square is a number
 BALANCED = {"0": 0.0, "1": 1.0}  # what a declaration says of balance, where that is one number
 
 RUN = {"loss", "loss_total", "ppl", "grad_norm", "lr"}
@@ -35,8 +36,10 @@ def value(run: Recorded, metric: str, reduce: Reduce) -> float | None:
 
     A layer, an expert or a row on which a metric is undefined is left out.
     """
-    numbers = [one(row[metric], reduce) for row in rows_in(run, metric, reduce.steps)]
-    return _over("mean", numbers)
+    found = _over("mean", [one(row[metric], reduce) for row in rows_in(run, metric, reduce.steps)])
+    if found is not None and abs(found) > LARGEST:
+        raise ValueError(f"{metric} is {found:.3g}")
+    return found
 
 
 @dataclass(frozen=True)

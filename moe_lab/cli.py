@@ -11,6 +11,7 @@ from moe_lab import __version__
 VERBS = {
     "train": "train a model and watch its routers: moe-lab train router=gumbel_ste",
     "list": "the groups, and the options of one: moe-lab list router",
+    "check": "judge a study's claims: moe-lab check outputs/sweeps/collapse",
     "diff": "how two runs differ in config and outcome: moe-lab diff RUN RUN",
     "export": "a run's metrics as CSV or parquet: moe-lab export RUN",
     "verify": "check that a run is whole, without touching it: moe-lab verify RUN",

@@ -69,7 +69,7 @@ MAY: dict[str, set[str]] = {
     "mistakes": {"config", "presets", "secrecy"},
     "hydra_app": {"config", "presets", "naming", "mistakes", "places", "secrecy"},
     "study": {
-        *("durable", "hydra_app", "naming", "places", "presets", "reading", "recorded", "run", "secrecy"),
+        *("durable", "hydra_app", "naming", "observe", "places", "presets", "reading", "recorded", "run", "secrecy"),
         "sources",
         "wording",
     },
@@ -78,7 +78,7 @@ MAY: dict[str, set[str]] = {
     "completion": {"cli", "presets"},
     "verbs": {
         *("cli", "config", "presets", "naming", "hydra_app", "recorded", "run", "train", "checkpoint"),
-        *("assemble", "sinks", "reading", "places", "secrecy", "methods", "conventions", "worth"),
+        *("assemble", "sinks", "reading", "places", "secrecy", "methods", "conventions", "worth", "study"),
     },
     "__main__": {"cli"},
     "__init__": {"loading"},
@@ -133,6 +133,7 @@ def test_every_part_is_there() -> None:
         "list router",
         "train --help",
         "losses --help",
+        "check --help",
         "train --cfg job --resolve",
         "train --info searchpath",
         "train routr=topk",

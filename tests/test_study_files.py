@@ -49,6 +49,7 @@ def test_mistakes(key: str, value: Any, told: str, tmp_path: Path) -> None:
 CLAIMS: dict[str, tuple[dict[str, Any], str]] = {
     "of nothing": ({}, "either arm: NAME or compare"),
     "of both": ({"arm": "switch", "compare": ["switch", "switch_balanced"], "at_most": 1}, "either arm: NAME or"),
+    "of one twice": ({"compare": ["switch", "switch"], "at_most": 0}, "two different arms"),
     "no bound": ({"arm": "switch"}, "exactly one of at_least, at_most and within"),
     "two bounds": ({"arm": "switch", "at_least": 0, "at_most": 1}, "exactly one of"),
     "within of one arm": ({"arm": "switch", "within": 0.1}, "within: holds two arms"),

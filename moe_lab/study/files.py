@@ -46,6 +46,8 @@ class Claim(Strict):
     def _whole(self) -> Self:
         if (self.arm is None) == (self.compare is None):
             raise ValueError("needs either arm: NAME or compare: [NAME, NAME]")
+        if self.compare and self.compare[0] == self.compare[1]:
+            raise ValueError("compare: needs two different arms")
         if sum(bound is not None for bound in (self.at_least, self.at_most, self.within)) != 1:
             raise ValueError("needs exactly one of at_least, at_most and within")
         if self.within is not None and self.compare is None:

@@ -1,4 +1,4 @@
-"""Is a W&B key configured here? Looked up the way wandb does, but without a prompt and without a network."""
+"""Is a W&B key configured here, and for whom? Looked up the way wandb does, but without a prompt and without a network."""
 
 import configparser
 import netrc
@@ -19,6 +19,11 @@ def has_key() -> bool:
     url = os.environ.get("WANDB_BASE_URL") or saved.get("base_url")
     host = urlsplit(url).netloc if url else "api.wandb.ai"
     return bool(_netrc_hosts() & (OFFICIAL if host in OFFICIAL else {host}))
+
+
+def entity() -> str:
+    """The user or team that a run goes to where its config names none; empty: that of the key."""
+    return os.environ.get("WANDB_ENTITY") or _saved_settings().get("entity") or ""
 
 
 def _saved_settings() -> dict[str, str]:

@@ -82,7 +82,8 @@ def chunks_joined(path: Path) -> Iterator[bytes]:
         at, parts = HEAD, []
         while True:
             if (left := BLOCK - at % BLOCK) < HEAD:
-                at += len(file.read(left))
+                file.read(left)
+                at += left
                 continue
             head = file.read(HEAD)
             if not head and not parts:

@@ -7,6 +7,20 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 OFFICIAL = {"api.wandb.ai", "api.forge.coreweave.com"}  # one service under its old and its new name
+WITHOUT_KEY = "no W&B key is configured: `wandb login`, or set WANDB_API_KEY"
+# wandb tries for hours to reach a server. In seconds and tries, for commands that a person waits for: a dead or a silent
+# server is told. Variables of the environment; your own win.
+PATIENCE = {
+    "WANDB_ERROR_REPORTING": "false",  # or wandb's own telemetry connects, too
+    "WANDB_X_GRAPHQL_TIMEOUT_SECONDS": "5",
+    "WANDB_X_GRAPHQL_RETRY_MAX": "1",
+    "WANDB_X_FILE_STREAM_TIMEOUT_SECONDS": "20",
+    "WANDB_X_FILE_STREAM_RETRY_MAX": "2",
+    "WANDB_X_FILE_TRANSFER_TIMEOUT_SECONDS": "20",
+    "WANDB_X_FILE_TRANSFER_RETRY_MAX": "2",
+    **{f"WANDB_X_{part}_RETRY_WAIT_MAX_SECONDS": "1" for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")},
+    **{f"WANDB_X_{part}_RETRY_WAIT_MIN_SECONDS": "0.5" for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")},
+}
 
 
 def has_key() -> bool:

@@ -28,6 +28,7 @@ PER_LAYER = (
     "nmi_domain",
     "router_grad_ratio",
     "coupling_gap",
+    "load_flutter",
 )
 # Seconds to reach the server, and to upload what is left at the end. wandb uploads while it runs, so that is a few
 # requests either way. Together with a start offline in between they fit into the mirror's deadline.
@@ -148,7 +149,7 @@ def end_of(status: str, summary: dict[str, Any]) -> tuple[dict[str, Any], list[s
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
-    """At most 10 values for the run and 8 per layer; undefined ones are left out."""
+    """At most 10 values for the run and 9 per layer; undefined ones are left out."""
     values = {key: row.get(key) for key in ("tokens", *GLOBAL)}
     if row.get("eval/loss") is not None and row.get("eval/loss_top1") is not None:
         values["eval/gap_top1"] = row["eval/loss_top1"] - row["eval/loss"]

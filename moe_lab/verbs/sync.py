@@ -12,25 +12,12 @@ from moe_lab import places
 from moe_lab.cli import arguments, complain, printable, quiet_pipe
 from moe_lab.reading import Damaged
 from moe_lab.recorded import read
-from moe_lab.sinks.account import has_key
+from moe_lab.sinks.account import PATIENCE, WITHOUT_KEY, has_key
 from moe_lab.sinks.wandb import resolve_mode
 
 ABOUT = """Upload runs to W&B: what lies in a run's wandb folder by `wandb sync`, and where there is nothing, or it is
 damaged, torn or not the run's, a record made anew from metrics.jsonl, with the same id, keys, group and tags. DIR is
 a run, or a folder with runs in it such as a sweep's. With WANDB_MODE=offline records are made and nothing is sent."""
-# wandb tries for hours to reach a server. Seconds and tries, so that a dead or a silent one is told; your own win.
-PATIENCE = {
-    "GRAPHQL_TIMEOUT_SECONDS": "5",
-    "GRAPHQL_RETRY_MAX": "1",
-    "FILE_STREAM_TIMEOUT_SECONDS": "20",
-    "FILE_STREAM_RETRY_MAX": "2",
-    "FILE_TRANSFER_TIMEOUT_SECONDS": "20",
-    "FILE_TRANSFER_RETRY_MAX": "2",
-    **{f"{part}_RETRY_WAIT_MAX_SECONDS": "1" for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")},
-    **{f"{part}_RETRY_WAIT_MIN_SECONDS": "0.5" for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")},
-}
-
-
 class Unreachable(Exception):
     """The server did not take a run; says why."""
 
@@ -50,7 +37,7 @@ def main(argv: list[str]) -> int:
     if importlib.util.find_spec("wandb") is None:
         return complain(["wandb is not installed here: pip install wandb"], 5)
     if mode == "online" and not asked.dry_run and not has_key():
-        return complain(["no W&B key is configured: `wandb login`, or set WANDB_API_KEY"], 5)
+        return complain([WITHOUT_KEY], 5)
     quiet_pipe()
     codes = []
     for folder in dict.fromkeys(folders):
@@ -117,8 +104,7 @@ def _runs(folder: Path) -> bool:
 
 def _upload(files: list[Path]) -> str:
     """Hand the files to `wandb sync`; where the run can be seen, as the end of a sentence."""
-    limits = {f"WANDB_X_{name}": value for name, value in PATIENCE.items()}
-    env = {**limits, "WANDB_ERROR_REPORTING": "false", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    env = PATIENCE | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     words = [sys.executable, "-P", "-m", "wandb", "sync", "--include-online", *map(str, files)]
     done = subprocess.run(words, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     said = done.stdout + done.stderr

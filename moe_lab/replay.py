@@ -131,4 +131,3 @@ def _without_secrets(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_secrets(inner) for inner in value]
     return hide(value) if isinstance(value, str) else value
-

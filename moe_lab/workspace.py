@@ -48,8 +48,8 @@ ABOUT = """**Router collapse.** Read from left to right, then down.
 - *Cost of balance*: what the validation loss pays for it.
 
 The tags hold each run's verdicts. How to read a panel: docs/dashboards.md of moe-lab."""
-LEAK_NOTE = """**Runs tagged `leaks the future`** let later tokens have a say in routing (a bar at 1 beside this text). Their
-losses compare with no causal model's: hide them before comparing."""
+LEAK_NOTE = """**Runs tagged `leaks the future`** let later tokens have a say in routing (a bar at 1 beside this text).
+Their losses compare with no causal model's: hide them before comparing."""
 
 
 def metric_regex(key: str) -> str:
@@ -108,9 +108,9 @@ def _line(named: tuple[str, str]) -> Any:
 
 def _numbered(section: str, panels: list[Any]) -> list[Any]:
     """Panels with ids that are the same each time, where wandb-workspaces draws them at random, in rows of three."""
-    import wandb_workspaces.reports.v2 as wr
+    from wandb_workspaces.reports.v2.interface import Layout
 
     for i, panel in enumerate(panels):
         panel._id = f"{section}-{i}".lower().replace(" ", "-")
-        panel.layout = wr.Layout(x=8 * (i % 3), y=6 * (i // 3), w=8, h=6)
+        panel.layout = Layout(x=8 * (i % 3), y=6 * (i // 3), w=8, h=6)
     return panels

@@ -1,4 +1,4 @@
-"""Is a W&B key configured here, and for whom? Looked up the way wandb does, but without a prompt and without a network."""
+"""Is a W&B key configured here? Looked up the way wandb does, but without a prompt and without a network."""
 
 import configparser
 import netrc
@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 OFFICIAL = {"api.wandb.ai", "api.forge.coreweave.com"}  # one service under its old and its new name
 WITHOUT_KEY = "no W&B key is configured: `wandb login`, or set WANDB_API_KEY"
-# wandb tries for hours to reach a server. In seconds and tries, for commands that a person waits for: a dead or a silent
-# server is told. Variables of the environment; your own win.
+# wandb tries for hours to reach a server. Seconds and tries for commands that a person waits for, so that a dead or a
+# silent one is told; as variables of the environment, where the user's own win.
 PATIENCE = {
     "WANDB_ERROR_REPORTING": "false",  # or wandb's own telemetry connects, too
     "WANDB_X_GRAPHQL_TIMEOUT_SECONDS": "5",

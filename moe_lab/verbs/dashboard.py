@@ -8,8 +8,8 @@ from moe_lab.cli import arguments, complain, quiet_pipe
 from moe_lab.sinks.account import PATIENCE, WITHOUT_KEY, has_key
 from moe_lab.sinks.base import one_line
 
-ABOUT = """Save the workspace "Router collapse" in a W&B project: panels for collapse, confidence, specialisation and the
-cost of balance, runs grouped by sweep and router. Each call saves a new one. How to read it: docs/dashboards.md."""
+ABOUT = """Save the workspace "Router collapse" in a W&B project: panels for collapse, confidence, specialisation and
+the cost of balance, runs grouped by sweep and router. Each call saves a new one. To read it: docs/dashboards.md."""
 PROJECT = re.compile(r"[\w.-]{1,128}/[\w.-]{1,128}")
 
 

@@ -18,6 +18,8 @@ from moe_lab.sinks.wandb import resolve_mode
 ABOUT = """Upload runs to W&B: what lies in a run's wandb folder by `wandb sync`, and where there is nothing, or it is
 damaged, torn or not the run's, a record made anew from metrics.jsonl, with the same id, keys, group and tags. DIR is
 a run, or a folder with runs in it such as a sweep's. With WANDB_MODE=offline records are made and nothing is sent."""
+
+
 class Unreachable(Exception):
     """The server did not take a run; says why."""
 

@@ -256,6 +256,25 @@ def test_without_a_key_nothing_happens(run: Path, bare: Path, monkeypatch: pytes
         assert tree(bare) == before and server.connections == 0
 
 
+def test_settings_in_a_run_send_the_key_nowhere(run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(run.parent)
+    with Server("well") as server, Server("well") as evil:
+        online(monkeypatch, server)
+        monkeypatch.delenv("WANDB_BASE_URL")
+        settings = f"[default]\nbase_url = {server.url}\n"
+        home = Path.home() / ".config/wandb"
+        home.mkdir(parents=True)
+        (home / "settings").write_text(settings)
+        (run.parent / "wandb").mkdir()
+        (run.parent / "wandb/settings").write_text(settings.replace(server.url, evil.url))
+        said = moe_lab("sync", "run")
+        assert said.code == 0 and server.url in said.out and evil.connections == 0, said
+        assert tree(run.parent / "wandb") == {"settings"}  # nothing is left where it ran
+        (run / "wandb/settings").write_text(settings)
+        said = moe_lab("sync", "run", "--rebuild")
+        assert said.code == 4 and "settings" in said.err and len(said.err.splitlines()) == 1
+
+
 def test_dry_run_tells_and_does_nothing(run: Path, monkeypatch: pytest.MonkeyPatch):
     with Server("well") as server:
         online(monkeypatch, server)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from moe_lab import places
@@ -69,6 +70,8 @@ def sync(folder: Path, rebuild: bool, dry: bool, online: bool) -> int:
 
     if problem := places.leads_out(folder):
         return complain([problem], 4)
+    if (folder / "wandb/settings").exists():  # could name another server, and the key would go there
+        return complain([f"{folder}: holds settings of wandb's (wandb/settings), which no run writes"], 4)
     if _runs(folder):
         return complain([f"{folder}: is running; sync it when it has ended"], 4)
     plan = replay.plan(read(folder), rebuild)
@@ -108,7 +111,10 @@ def _upload(files: list[Path]) -> str:
     """Hand the files to `wandb sync`; where the run can be seen, as the end of a sentence."""
     env = PATIENCE | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     words = [sys.executable, "-P", "-m", "wandb", "sync", "--include-online", *map(str, files)]
-    done = subprocess.run(words, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    # wandb takes settings from, and writes a log to, the wandb folder of where it runs: here that may be somebody's run.
+    with tempfile.TemporaryDirectory() as cwd:
+        env |= {"WANDB_DIR": cwd}
+        done = subprocess.run(words, env=env, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     said = done.stdout + done.stderr
     marks = [path.with_suffix(".wandb.synced") for path in files]
     wrong = re.search(r"ERROR (.*)", said)

@@ -111,7 +111,7 @@ def _upload(files: list[Path]) -> str:
     """Hand the files to `wandb sync`; where the run can be seen, as the end of a sentence."""
     env = PATIENCE | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     words = [sys.executable, "-P", "-m", "wandb", "sync", "--include-online", *map(str, files)]
-    # wandb takes settings from, and writes a log to, the wandb folder of where it runs: here that may be somebody's run.
+    # wandb takes settings from, and writes a log to, the wandb folder of where it runs: that may be somebody's run.
     with tempfile.TemporaryDirectory() as cwd:
         env |= {"WANDB_DIR": cwd}
         done = subprocess.run(words, env=env, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True)

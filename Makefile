@@ -40,12 +40,18 @@ bench: $(VENV)/.installed-test
 methods: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.matrix
 
+# The runs of docs/dashboards.md, by the commands that stand there.
+DASHBOARDS := healthy collapsed undecided unspecialised oscillating
+SMALL := $(shell sed -n 's/^SMALL="\(.*\)"$$/\1/p' docs/dashboards.md)
+
 # Draw the README's pictures from real runs, and the metric and verdict pages from their declarations.
 docs: $(VENV)/.installed-test
 	$(BIN)/moe-lab train router=gumbel_ste logger=[] hydra.run.dir=outputs/pictures/demo
 	$(BIN)/moe-lab train router=switch balance=[] logger=[] hydra.run.dir=outputs/pictures/collapsed
 	$(BIN)/moe-lab train router=switch balance=[switch] logger=[] hydra.run.dir=outputs/pictures/balanced
 	$(BIN)/python docs/pictures.py outputs/pictures/demo outputs/pictures/collapsed outputs/pictures/balanced
+	for run in $(DASHBOARDS); do $(BIN)/moe-lab train $(SMALL) $$(sed -n "s|^moe-lab train .SMALL \\(.*/$$run\\)$$|\\1|p" docs/dashboards.md) || exit; done
+	$(BIN)/python docs/dashboards.py $(DASHBOARDS:%=outputs/dashboards/%)
 	$(BIN)/python -m moe_lab.observe.document docs
 	$(BIN)/python -m moe_lab.methods
 

@@ -15,6 +15,8 @@ VERBS = {
     "diff": "how two runs differ in config and outcome: moe-lab diff RUN RUN",
     "export": "a run's metrics as CSV or parquet: moe-lab export RUN",
     "verify": "check that a run is whole, without touching it: moe-lab verify RUN",
+    "sync": "upload runs to W&B, those from before or without it too: moe-lab sync DIR",
+    "dashboard": "save the W&B workspace for router collapse: moe-lab dashboard ENTITY/PROJECT",
     "losses": "what balance losses are worth, here and in other frameworks",
     "info": "versions, devices and paths, to paste into a bug report",
 }
@@ -22,7 +24,7 @@ HELP = f"""moe-lab {__version__}: which router collapses, which one learns, and 
 
 usage: moe-lab VERB ...        moe-lab VERB --help tells more
 
-{os.linesep.join(f"  {verb:<8} {about}" for verb, about in VERBS.items())}
+{os.linesep.join(f"  {verb:<9} {about}" for verb, about in VERBS.items())}
 
 Tab completion in bash:  eval "$(moe-lab -sc install=bash)"
 Exit codes: 0 ok, 1 a run failed, 2 wrong usage or config (nothing written), 3 diverged, 4 refused

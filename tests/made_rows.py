@@ -20,7 +20,7 @@ def _row(step: int, layers: int, experts: int, steps: int, eval_every: int) -> t
         row["moe/selected"] = [[64 + step + 2 * e + layer for e in range(experts)] for layer in range(layers)]
         row["moe/nmi_domain"] = [None] * layers
         for i, metric in enumerate(
-            ("load_cv", "max_vio", "load_cv_of_ceiling", "token_entropy", "mutual_information", "churn")
+            ("load_cv", "max_vio", "load_cv_of_ceiling", "token_entropy", "mutual_information", "churn", "load_flutter")
         ):
             row[f"moe/{metric}"] = [(1 + i + layer + step) / 64 for layer in range(layers)]
             row[f"moe/{metric}/mean"] = row[f"moe/{metric}"][0] / 2

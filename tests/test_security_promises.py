@@ -52,6 +52,13 @@ HELD: dict[str, list[str]] = {
     "Markup in a name is shown as text": ["test_security_names::test_a_real_terminal_shows_such_names_as_text"],
     "A cell of an exported CSV is no formula": ["test_run_commands::test_a_cell_is_no_formula"],
     "Without a configured W&B key": ["test_security_process::test_a_default_run_connects_to_nobody"],
+    "`moe-lab sync` sends of a run directory": [
+        "test_sync::test_only_a_whole_record_of_this_run_is_uploaded",
+        "test_sync::test_what_no_run_writes_is_refused",
+        "test_sync::test_secrets_in_an_edited_run_are_not_sent",
+        "test_sync::test_settings_in_a_run_send_the_key_nowhere",
+        "test_sync::test_a_hostile_run_is_read_as_data",
+    ],
 }
 
 

@@ -320,6 +320,7 @@ def test_a_resumed_judge_stands_where_it_stood():
     [
         ["router=switch", "balance=[]"],
         ["router=softmax_ste", "schedule=anneal"],
+        ["schedule.temperature=0.7"],
         ["router=sigmoid_topk", "balance=[loss_free]"],
         ["router=noisy_topk", "router.k=1", "balance=[importance,load]"],
         ["router=topk", "router.k=1"],

@@ -1,6 +1,7 @@
 """A W&B server on loopback, as far as wandb-core needs one for a run, that can be well, slow, broken or silent."""
 
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -10,12 +11,14 @@ class Server:
     """`with Server("500", well_for=2) as server:` answers the first two requests as W&B would, then only with 500.
 
     Behaviours: well, 500, silent (takes the request and never answers), slow (a byte of the answer per second).
-    `history` is what the run's history file holds on the server, `connections` counts whoever came.
+    `history` is what the run's history file holds on the server, `views` the workspaces that were saved, and
+    `connections` counts whoever came.
     """
 
     def __init__(self, behaviour: str, well_for: int = 0):
         self.behaviour, self.well_for = behaviour, well_for
-        self.connections, self.requests, self.history = 0, 0, []
+        self.connections, self.requests = 0, 0
+        self.history, self.views = [], []
         self.over = threading.Event()
 
     def __enter__(self) -> "Server":
@@ -84,10 +87,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.path.endswith("/graphql"):
             return {}
         query = json.loads(body)
-        return {"data": _graphql(query.get("operationName"), query.get("variables") or {}, self.state.url)}
+        operation = query.get("operationName") or re.findall(r"(?:query|mutation)\s+(\w+)", query["query"])[0]
+        if operation == "UpsertView2":
+            self.state.views.append(query["variables"])
+        return {"data": _graphql(operation, query.get("variables") or {}, self.state.url)}
 
 
-def _graphql(operation: str | None, asked: dict[str, Any], url: str) -> dict[str, Any]:
+def _graphql(operation: str, asked: dict[str, Any], url: str) -> dict[str, Any]:
     if operation == "RunResumeStatus":
         return {"model": None}
     if operation == "UpsertBucket":
@@ -97,4 +103,8 @@ def _graphql(operation: str | None, asked: dict[str, Any], url: str) -> dict[str
     if operation == "CreateRunFiles":
         files = [{"name": name, "uploadUrl": f"{url}/put/{name}"} for name in asked["files"]]
         return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+    if operation == "Viewer":
+        return {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+    if operation == "UpsertView2":
+        return {"upsertView": {"view": {"id": "v", "name": asked["name"]}, "inserted": True}}
     return {}

@@ -80,7 +80,8 @@ def soften(config: Mapping[str, Any]) -> Iterator[str]:
 
 def harden(config: Mapping[str, Any]) -> Iterator[str]:
     """Let the gate decide towards the end."""
-    if ((config.get("schedule") or {}).get("temperature") or {}).get("end") is None:
+    temperature = (config.get("schedule") or {}).get("temperature")
+    if not isinstance(temperature, Mapping) or temperature.get("end") is None:  # a bare number stays what it is
         yield "schedule=anneal (soft and noisy first, hard and quiet later)"
     else:
         yield f"schedule.temperature.end={level(config, 'temperature', 'end') / 2:g} (a lower temperature at the end)"

@@ -7,6 +7,20 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 OFFICIAL = {"api.wandb.ai", "api.forge.coreweave.com"}  # one service under its old and its new name
+WITHOUT_KEY = "no W&B key is configured: `wandb login`, or set WANDB_API_KEY"
+# wandb tries for hours to reach a server. Seconds and tries for commands that a person waits for, so that a dead or a
+# silent one is told; as variables of the environment, where the user's own win.
+PATIENCE = {
+    "WANDB_ERROR_REPORTING": "false",  # or wandb's own telemetry connects, too
+    "WANDB_X_GRAPHQL_TIMEOUT_SECONDS": "5",
+    "WANDB_X_GRAPHQL_RETRY_MAX": "1",
+    "WANDB_X_FILE_STREAM_TIMEOUT_SECONDS": "20",
+    "WANDB_X_FILE_STREAM_RETRY_MAX": "2",
+    "WANDB_X_FILE_TRANSFER_TIMEOUT_SECONDS": "20",
+    "WANDB_X_FILE_TRANSFER_RETRY_MAX": "2",
+    **{f"WANDB_X_{part}_RETRY_WAIT_MAX_SECONDS": "1" for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")},
+    **{f"WANDB_X_{part}_RETRY_WAIT_MIN_SECONDS": "0.5" for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")},
+}
 
 
 def has_key() -> bool:
@@ -19,6 +33,11 @@ def has_key() -> bool:
     url = os.environ.get("WANDB_BASE_URL") or saved.get("base_url")
     host = urlsplit(url).netloc if url else "api.wandb.ai"
     return bool(_netrc_hosts() & (OFFICIAL if host in OFFICIAL else {host}))
+
+
+def entity() -> str:
+    """The user or team that a run goes to where its config names none; empty: that of the key."""
+    return os.environ.get("WANDB_ENTITY") or _saved_settings().get("entity") or ""
 
 
 def _saved_settings() -> dict[str, str]:

@@ -28,6 +28,7 @@ PER_LAYER = (
     "nmi_domain",
     "router_grad_ratio",
     "coupling_gap",
+    "load_flutter",
 )
 # Seconds to reach the server, and to upload what is left at the end. wandb uploads while it runs, so that is a few
 # requests either way. Together with a start offline in between they fit into the mirror's deadline.
@@ -83,8 +84,13 @@ class Wandb(Mirror):
         if mode == "online" and not has_key():
             self.note = "offline, since no key is configured (`wandb login`)"
             mode = "offline"
+        self.start()
+        self.send("open", mode, self.run_of(run_dir, cfg, facts), settings())
+
+    def run_of(self, run_dir: Path, cfg: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+        """The run as wandb.init is told of it."""
         told = {key: facts.get(key) for key in ("git", "params", "layers", "resumed_from")}
-        run = {
+        return {
             "project": self.project,
             "entity": self.entity,
             "group": self.group or (cfg.get("study") if run_dir.parent.parent.name == "sweeps" else None),
@@ -92,26 +98,17 @@ class Wandb(Mirror):
             "job_type": "train",
             "tags": run_tags(facts, cfg, self.tags),
             "config": {**cfg, "facts": told},
-            "id": _run_id(run_dir),
+            "id": run_id(run_dir),
             "dir": str(run_dir),
         }
-        self.start()
-        self.send("open", mode, run, _settings())
 
     @guarded
     def row(self, row: dict[str, Any], timing: dict[str, Any]) -> None:
-        loads_LE, lines = [], {}
-        if "eval/loss" in row:
-            loads_LE = row.get("eval/moe/selected") or row.get("moe/selected") or []
-            lines = {k: row[k] for k in ("eval/unigram", "eval/bigram") if row.get(k) is not None}
-        self.send("row", row["step"], scalars(row), loads_LE, lines)
+        self.send("row", *row_of(row, timing))
 
     @guarded
     def close(self, status: str, summary: dict[str, Any]) -> None:
-        verdicts = {f"verdict/L{v['layer']:02d}": v["verdict"] for v in summary.get("verdicts", [])}
-        tags = [f"verdict:{name}"[:64] for name in sorted({str(v) for v in verdicts.values() if v})]
-        exit_code = 0 if status in ("completed", "preempted") else 1
-        self.end("close", {"status": status, **verdicts}, tags, exit_code)
+        self.end("close", *end_of(status, summary))
 
 
 def resolve_mode(mode: str) -> Literal["online", "offline", "disabled"]:
@@ -131,8 +128,28 @@ def run_tags(facts: dict[str, Any], cfg: dict[str, Any], own: Sequence[str]) -> 
     return list(dict.fromkeys(str(tag)[:64] for tag in tags if tag))
 
 
+def row_of(
+    row: dict[str, Any], timing: dict[str, Any]
+) -> tuple[int, dict[str, float], list[list[float]], dict[str, float]]:
+    """What Upload.row is told of a row: its step, curves, loads `[L][E]` to draw, values for the run's summary."""
+    clock = {"_timestamp": timing["time"]} if "time" in timing else {}
+    loads_LE, lines = [], {}
+    if "eval/loss" in row:
+        loads_LE = row.get("eval/moe/selected") or row.get("moe/selected") or []
+        lines = {k: row[k] for k in ("eval/unigram", "eval/bigram") if row.get(k) is not None}
+    return row["step"], scalars(row) | clock, loads_LE, lines
+
+
+def end_of(status: str, summary: dict[str, Any]) -> tuple[dict[str, Any], list[str], int]:
+    """What Upload.close is told of a run's end: values for its summary, tags, exit code."""
+    verdicts = {f"verdict/L{v['layer']:02d}": v["verdict"] for v in summary.get("verdicts", [])}
+    tags = [f"verdict:{name}"[:64] for name in sorted({str(v) for v in verdicts.values() if v})]
+    told = {"status": status, "leaks": int(bool(summary.get("leaks"))), **verdicts}
+    return told, tags, 0 if status in ("completed", "preempted") else 1
+
+
 def scalars(row: dict[str, Any]) -> dict[str, float]:
-    """At most 10 values for the run and 8 per layer; undefined ones are left out."""
+    """At most 10 values for the run and 9 per layer; undefined ones are left out."""
     values = {key: row.get(key) for key in ("tokens", *GLOBAL)}
     if row.get("eval/loss") is not None and row.get("eval/loss_top1") is not None:
         values["eval/gap_top1"] = row["eval/loss_top1"] - row["eval/loss"]
@@ -144,7 +161,7 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _settings() -> dict[str, Any]:
+def settings() -> dict[str, Any]:
     """Nothing about the machine, the code or the command line leaves by way of W&B."""
     return {
         "console": "off",
@@ -159,7 +176,7 @@ def _settings() -> dict[str, Any]:
     }
 
 
-def _run_id(run_dir: Path) -> str:
+def run_id(run_dir: Path) -> str:
     """The id of this run directory on W&B, the same after a resume."""
     path = run_dir / "wandb_run_id.txt"
     with contextlib.suppress(FileNotFoundError):

@@ -75,10 +75,13 @@ class _Combine(Function):
         rows_ND, weight_N, token_N, inverse_N, kept_N = ctx.saved_tensors
         shape, dtype = ctx.weights
         grad_ND = grad_TD.index_select(0, token_N)
-        grad_weight = torch.linalg.vecdot(grad_ND, rows_ND).index_select(0, inverse_N)
-        if kept_N is not None:
-            grad_weight = grad_weight.masked_fill(~kept_N, 0)
-        return grad_ND * weight_N[:, None], grad_weight.view(shape).to(dtype), None, None, None, None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # not where the weight is a constant
+            grad_weight = torch.linalg.vecdot(grad_ND, rows_ND).index_select(0, inverse_N)
+            if kept_N is not None:
+                grad_weight = grad_weight.masked_fill(~kept_N, 0)
+            grad_weight = grad_weight.view(shape).to(dtype)
+        return grad_ND * weight_N[:, None], grad_weight, None, None, None, None
 
 
 def _per_token(rows_ND: Tensor, inverse_N: Tensor, kept_N: Tensor | None, K: int) -> Tensor:
@@ -291,4 +294,4 @@ def shares(weight_TK: Tensor) -> Tensor:
 
 def best(rank_TE: Tensor, k: int) -> Tensor:
     """The k experts that rank highest for each token, best first, int64 [T, k]."""
-    return rank_TE.argmax(-1, keepdim=True) if k == 1 else rank_TE.topk(k, -1).indices
+    return rank_TE.max(-1, keepdim=True).indices if k == 1 else rank_TE.topk(k, -1).indices

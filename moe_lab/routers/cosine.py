@@ -39,8 +39,8 @@ class Cosine(Gated):
         self.embedding_EL = parameter(num_experts, latent, std=latent**-0.5)
         self.log_tau = parameter(std=0.0)  # relative to the start
 
-    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        h_TL = F.linear(self.features(x_TD), self.project_LD)
+    def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:
+        h_TL = F.linear(seen_TX, self.project_LD)
         cosine_TE = F.linear(F.normalize(h_TL, dim=-1), F.normalize(self.embedding_EL, dim=-1))
         return cosine_TE / (self.start * self.log_tau.exp())
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_lab.config import option
 from moe_lab.routing import Assignments, Choices, Context, Plan, Routing, Scored
 from moe_lab.schedules import Schedule, constant
+from moe_lab.scores import log_softmax
 from moe_lab.seeding import parameter
 
 SILENT = 1e-6  # noise below this scale samples nothing: the choice is the argmax, which has no policy gradient
@@ -58,7 +59,7 @@ class Reinforce(Scored):
         top = self.top_k(rank_TE, gates_TE.detach())
         return Assignments(top.expert_TK, torch.full_like(top.weight_TK, 1 / self.k), self.num_experts)
 
-    def extras(self, x_TD: Tensor, noisy_TE: Tensor, plan: Plan, ctx: Context) -> dict[str, Tensor]:
+    def extras(self, x_TD: Tensor, seen_TX: Tensor, noisy_TE: Tensor, plan: Plan, ctx: Context) -> dict[str, Tensor]:
         if ctx.noise_TE is None:
             return {}
         assert isinstance(plan, Assignments)
@@ -81,7 +82,7 @@ class Reinforce(Scored):
 
     def objective(self, routing: Routing, loss_T: Tensor, counted_T: Tensor) -> Tensor:
         surprise_T = loss_T - routing.extra["baseline_T"]
-        log_p_TE = routing.logits_TE.log_softmax(-1)
+        log_p_TE = log_softmax(routing.logits_TE)
         entropy_T = -(log_p_TE.exp() * log_p_TE).sum(-1)
         total_T = surprise_T.detach() * routing.extra["log_prob_T"] - routing.extra["bonus"] * entropy_T
         if self.critic_1D is not None:
@@ -101,4 +102,4 @@ def ordered_log_prob(logits_TE: Tensor, expert_TK: Tensor) -> Tensor:
     drawn_TKE = F.one_hot(expert_TK, logits_TE.shape[1])
     gone_TKE = drawn_TKE.cumsum(1) > drawn_TKE
     left_TKE = logits_TE[:, None].masked_fill(gone_TKE, -torch.inf)
-    return left_TKE.log_softmax(-1).gather(2, expert_TK[:, :, None]).sum((1, 2))
+    return log_softmax(left_TKE).gather(2, expert_TK[:, :, None]).sum((1, 2))

@@ -23,8 +23,8 @@ class Unlearned(Router):
         """What decides, [T, E]: the highest are chosen."""
         raise NotImplementedError
 
-    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        return x_TD.new_zeros(x_TD.shape[0], self.num_experts)
+    def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:
+        return seen_TX.new_zeros(seen_TX.shape[0], self.num_experts)
 
     @torch.no_grad()
     def route(self, x_TD: Tensor, ctx: Context) -> Routing:
@@ -83,8 +83,8 @@ class Random(Unlearned):
     def rank(self, x_TD: Tensor, ctx: Context) -> Tensor:
         return self.score(x_TD, ctx) if self.weight_ED is not None else ctx.draws["rank"]
 
-    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        return super().score(x_TD, ctx) if self.weight_ED is None else F.linear(x_TD, self.weight_ED)
+    def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:
+        return super().score(seen_TX, ctx) if self.weight_ED is None else F.linear(seen_TX, self.weight_ED)
 
     def directions_ED(self) -> Tensor | None:
         return self.weight_ED

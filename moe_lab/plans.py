@@ -81,7 +81,7 @@ class _Combine(Function):
             if kept_N is not None:
                 grad_weight = grad_weight.masked_fill(~kept_N, 0)
             grad_weight = grad_weight.view(shape).to(dtype)
-        return grad_ND * weight_N[:, None], grad_weight, None, None, None, None
+        return grad_ND.mul_(weight_N[:, None]), grad_weight, None, None, None, None
 
 
 def _per_token(rows_ND: Tensor, inverse_N: Tensor, kept_N: Tensor | None, K: int) -> Tensor:
@@ -89,10 +89,11 @@ def _per_token(rows_ND: Tensor, inverse_N: Tensor, kept_N: Tensor | None, K: int
     rows_ND = rows_ND.index_select(0, inverse_N)
     if kept_N is not None:
         rows_ND = rows_ND.masked_fill(~kept_N[:, None], 0)
+    if K == 1:
+        return rows_ND
     rows_TKD = rows_ND.view(-1, K, rows_ND.shape[1])
-    if K <= 2:  # a reduction over one or two is several times slower than these on a CPU
-        return rows_TKD[:, 0] if K == 1 else rows_TKD[:, 0] + rows_TKD[:, 1]
-    return rows_TKD.sum(1)
+    # A reduction over two is several times slower than a sum on a CPU.
+    return rows_TKD[:, 0] + rows_TKD[:, 1] if K == 2 else rows_TKD.sum(1)
 
 
 @dataclass(frozen=True)

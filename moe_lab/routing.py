@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moe_lab.context import Context, Draw, Exploring, Knobs, Plan
 from moe_lab.plans import Assignments, Mixture, best, shares
+from moe_lab.precise import linear, precise
 from moe_lab.rows import Rows
 from moe_lab.schedules import Curve
 from moe_lab.scores import softmax
@@ -94,8 +95,8 @@ class Router(nn.Module):
         self.dim, self.num_experts, self.k = dim, num_experts, k
 
     def features(self, x_TD: Tensor) -> Tensor:
-        """What scores and noise are made of, [T, X], of fp32 tokens; computed once."""
-        return x_TD
+        """What scores and noise are made of, [T, X]; computed once. Tokens come in the model's dtype."""
+        return precise(x_TD)
 
     def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:
         """Clean logits [T, E] of the features."""
@@ -171,16 +172,15 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = x_TD.float() if x_TD.dtype != torch.float64 else x_TD
             for e in ctx.exploring:
-                x_TD = e.explorer.input(x_TD, e.drawn, e.strength)
+                x_TD = e.explorer.input(precise(x_TD), e.drawn, e.strength)
             routing = self.route(x_TD, ctx)
         if ctx.hard is not None:
             routing = replace(routing, plan=routing.plan.harden(ctx.hard))
         return routing
 
     def route(self, x_TD: Tensor, ctx: Context) -> Routing:
-        """The decision on fp32 tokens; routers without scores per token and expert write their own."""
+        """The decision on tokens; routers without scores per token and expert write their own."""
         seen_TX = self.features(x_TD)
         logits_TE = self.score(seen_TX, ctx)
         sharp_TE = logits_TE / ctx.knobs.temperature
@@ -264,10 +264,10 @@ class Scored(Router):
         self.hidden_DD = parameter(dim, dim, std=dim**-0.5) if scoring == "mlp" else None
 
     def features(self, x_TD: Tensor) -> Tensor:
-        return x_TD if self.hidden_DD is None else F.silu(F.linear(x_TD, self.hidden_DD))
+        return x_TD if self.hidden_DD is None else F.silu(linear(x_TD, self.hidden_DD))
 
     def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:
-        return F.linear(seen_TX, self.weight_ED)
+        return linear(seen_TX, self.weight_ED)
 
     def directions_ED(self) -> Tensor | None:
         return self.weight_ED if self.hidden_DD is None else None

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
+from moe_lab.precise import linear
 from moe_lab.routers.gated import Gate, Gated
 from moe_lab.routing import Choices, Context
 from moe_lab.seeding import parameter
@@ -40,7 +41,7 @@ class Cosine(Gated):
         self.log_tau = parameter(std=0.0)  # relative to the start
 
     def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:
-        h_TL = F.linear(seen_TX, self.project_LD)
+        h_TL = linear(seen_TX, self.project_LD)
         cosine_TE = F.linear(F.normalize(h_TL, dim=-1), F.normalize(self.embedding_EL, dim=-1))
         return cosine_TE / (self.start * self.log_tau.exp())
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
+from moe_lab.precise import precise
 from moe_lab.routers.gated import Gated, Order
 from moe_lab.routing import Choices, Context, Plan, Routing, Traits
 from moe_lab.seeding import parameter
@@ -51,7 +52,7 @@ class LPR(Gated):
 
     def features(self, x_TD: Tensor) -> Tensor:
         """Where a token stands in the small space, [T, L], of length 1."""
-        normed_TD = F.layer_norm(super().features(x_TD), (self.dim,), self.gain_D, self.shift_D)
+        normed_TD = F.layer_norm(precise(super().features(x_TD)), (self.dim,), self.gain_D, self.shift_D)
         return F.normalize(F.linear(F.silu(normed_TD), self.encode_LD, self.shift_L), dim=-1)
 
     def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:

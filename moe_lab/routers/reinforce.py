@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.config import option
+from moe_lab.precise import linear
 from moe_lab.routing import Assignments, Choices, Context, Plan, Routing, Scored
 from moe_lab.schedules import Schedule, constant
 from moe_lab.scores import log_softmax
@@ -74,11 +75,11 @@ class Reinforce(Scored):
     def _baseline(self, x_TD: Tensor) -> Tensor:
         """What the loss of each token is expected to be."""
         if self.baseline == "none":
-            return x_TD.new_zeros(x_TD.shape[0])
+            return self.running_2.new_zeros(x_TD.shape[0])
         mean = self.running_2[0] / self.running_2[1].clamp_min(1e-20)
         if self.critic_1D is None:
             return mean.expand(x_TD.shape[0])
-        return mean + F.linear(x_TD.detach(), self.critic_1D).squeeze(1)
+        return mean + linear(x_TD.detach(), self.critic_1D).squeeze(1)
 
     def objective(self, routing: Routing, loss_T: Tensor, counted_T: Tensor) -> Tensor:
         surprise_T = loss_T - routing.extra["baseline_T"]

@@ -55,10 +55,10 @@ class SparseMixer(Scored):
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         left_TE, picks, weights = rank_TE, [], []
         for i in range(self.k):
-            top_T1 = left_TE.amax(-1, keepdim=True)
+            top_T1, best_T1 = left_TE.max(-1, keepdim=True)
             near_TE = (top_T1 - left_TE) <= 2 * self.r * torch.maximum(rank_TE.abs(), top_T1)
-            sharp_TE = gates_TE.masked_fill(~near_TE, -torch.inf)
-            pick_T1 = best_T1 = left_TE.max(-1, keepdim=True).indices
+            sharp_TE = torch.where(near_TE, gates_TE, -torch.inf)
+            pick_T1 = best_T1
             if ctx.draws:
                 pick_T1 = (sharp_TE.detach() + ctx.draws[f"gumbel_{i}"]).max(-1, keepdim=True).indices
             weight_T1 = softmax(sharp_TE).gather(1, pick_T1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.config import option
+from moe_lab.precise import precise
 from moe_lab.routing import Assignments, Choices, Context, Draw, Router, Routing, Touches, Traits, best
 from moe_lab.seeding import parameter
 
@@ -28,6 +29,7 @@ class Unlearned(Router):
 
     @torch.no_grad()
     def route(self, x_TD: Tensor, ctx: Context) -> Routing:
+        x_TD = precise(x_TD)
         expert_TK = best(self.rank(x_TD, ctx), self.k)
         weight_TK = x_TD.new_full(expert_TK.shape, 1 / self.k)
         logits_TE = self.score(x_TD, ctx)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from moe_lab.counting import count, count_by_group, sum_by_group
+from moe_lab.counting import count, count_by_group, sort, sum_by_group
 
 R = TypeVar("R")
 Drop = Literal["position", "probability"]  # who keeps a place in a full expert: the first, or the heaviest
@@ -136,10 +136,8 @@ class Assignments:
         key_N = self.expert_TK.reshape(-1)
         if self.executed_TK is not None:
             key_N = torch.where(self.executed_TK.reshape(-1), key_N, self.num_experts)
-        order_N = torch.argsort(key_N, stable=True)
-        inverse_N = torch.empty_like(order_N)
-        inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-        return order_N, inverse_N, count(key_N, self.num_experts + 1)[: self.num_experts]
+        order_N, inverse_N, counts_X = sort(key_N, self.num_experts + 1)
+        return order_N, inverse_N, counts_X[: self.num_experts]
 
     @property
     def counts_E(self) -> Tensor:

@@ -66,7 +66,8 @@ class SparseMixer(Scored):
                 weight_T1 = self._rescaled(weight_T1, pick_T1 == best_T1, ctx.draws[f"uniform_{i}"][:, None])
             picks.append(pick_T1)
             weights.append(weight_T1)
-            left_TE = left_TE.scatter(1, pick_T1, -torch.inf)
+            if i + 1 < self.k:
+                left_TE = left_TE.scatter(1, pick_T1, -torch.inf)
         return Assignments(torch.cat(picks, 1), torch.cat(weights, 1), self.num_experts)
 
     def _rescaled(self, weight_T1: Tensor, is_best_T1: Tensor, uniform_T1: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Weighed(Scored):
 
     def gate(self, logits_TE: Tensor) -> Tensor:
         if self.function == "softmax":
-            return logits_TE.softmax(-1)
+            return softmax(logits_TE)
         return logits_TE.sigmoid() if self.function == "sigmoid" else _shares_of_sigmoids(logits_TE)
 
     def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:

@@ -41,7 +41,9 @@ MAY: dict[str, set[str]] = {
     "routing": {"context", "plans", "precise", "rows", "schedules", "scores", "seeding", "sizes", "slots", "traits"},
     "optim": {"config"},
     "objectives": {"config"},
-    "routers": {"assignment", "config", "plans", "routing", "schedules", "seeding", "sizes", "slots"},
+    "routers": {
+        *("assignment", "config", "plans", "precise", "routing", "schedules", "scores", "seeding", "sizes", "slots"),
+    },
     "explore": {"config", "plans", "routing", "schedules", "sizes"},
     "model": {"config", "plans", "routing", "schedules", "seeding", "sizes"},
     "balance": {"config", "counting", "model", "plans", "routing", "schedules", "sizes"},

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from moe_lab.counting import count, count_by_group, sum_by_group
+from moe_lab.counting import count, count_by_group, sort, sum_by_group
 
 R = TypeVar("R")
 Drop = Literal["position", "probability"]  # who keeps a place in a full expert: the first, or the heaviest
@@ -75,10 +75,13 @@ class _Combine(Function):
         rows_ND, weight_N, token_N, inverse_N, kept_N = ctx.saved_tensors
         shape, dtype = ctx.weights
         grad_ND = grad_TD.index_select(0, token_N)
-        grad_weight = torch.linalg.vecdot(grad_ND, rows_ND).index_select(0, inverse_N)
-        if kept_N is not None:
-            grad_weight = grad_weight.masked_fill(~kept_N, 0)
-        return grad_ND * weight_N[:, None], grad_weight.view(shape).to(dtype), None, None, None, None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # not where the weight is a constant
+            grad_weight = torch.linalg.vecdot(grad_ND, rows_ND).index_select(0, inverse_N)
+            if kept_N is not None:
+                grad_weight = grad_weight.masked_fill(~kept_N, 0)
+            grad_weight = grad_weight.view(shape).to(dtype)
+        return grad_ND.mul_(weight_N[:, None]), grad_weight, None, None, None, None
 
 
 def _per_token(rows_ND: Tensor, inverse_N: Tensor, kept_N: Tensor | None, K: int) -> Tensor:
@@ -86,10 +89,11 @@ def _per_token(rows_ND: Tensor, inverse_N: Tensor, kept_N: Tensor | None, K: int
     rows_ND = rows_ND.index_select(0, inverse_N)
     if kept_N is not None:
         rows_ND = rows_ND.masked_fill(~kept_N[:, None], 0)
+    if K == 1:
+        return rows_ND
     rows_TKD = rows_ND.view(-1, K, rows_ND.shape[1])
-    if K <= 2:  # a reduction over one or two is several times slower than these on a CPU
-        return rows_TKD[:, 0] if K == 1 else rows_TKD[:, 0] + rows_TKD[:, 1]
-    return rows_TKD.sum(1)
+    # A reduction over two is several times slower than a sum on a CPU.
+    return rows_TKD[:, 0] + rows_TKD[:, 1] if K == 2 else rows_TKD.sum(1)
 
 
 @dataclass(frozen=True)
@@ -132,10 +136,8 @@ class Assignments:
         key_N = self.expert_TK.reshape(-1)
         if self.executed_TK is not None:
             key_N = torch.where(self.executed_TK.reshape(-1), key_N, self.num_experts)
-        order_N = torch.argsort(key_N, stable=True)
-        inverse_N = torch.empty_like(order_N)
-        inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-        return order_N, inverse_N, count(key_N, self.num_experts + 1)[: self.num_experts]
+        order_N, inverse_N, counts_X = sort(key_N, self.num_experts + 1)
+        return order_N, inverse_N, counts_X[: self.num_experts]
 
     @property
     def counts_E(self) -> Tensor:
@@ -291,4 +293,4 @@ def shares(weight_TK: Tensor) -> Tensor:
 
 def best(rank_TE: Tensor, k: int) -> Tensor:
     """The k experts that rank highest for each token, best first, int64 [T, k]."""
-    return rank_TE.argmax(-1, keepdim=True) if k == 1 else rank_TE.topk(k, -1).indices
+    return rank_TE.max(-1, keepdim=True).indices if k == 1 else rank_TE.topk(k, -1).indices

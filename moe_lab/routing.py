@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from moe_lab.context import Context, Draw, Exploring, Knobs, Plan
 from moe_lab.plans import Assignments, Mixture, best, shares
+from moe_lab.precise import linear, precise
 from moe_lab.rows import Rows
 from moe_lab.schedules import Curve
+from moe_lab.scores import softmax
 from moe_lab.seeding import parameter
 from moe_lab.sizes import routed
 from moe_lab.slots import Slots
@@ -92,17 +94,21 @@ class Router(nn.Module):
         super().__init__()
         self.dim, self.num_experts, self.k = dim, num_experts, k
 
-    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        """Clean logits [T, E] of fp32 tokens."""
+    def features(self, x_TD: Tensor) -> Tensor:
+        """What scores and noise are made of, [T, X]; computed once. Tokens come in the model's dtype."""
+        return precise(x_TD)
+
+    def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:
+        """Clean logits [T, E] of the features."""
         raise NotImplementedError
 
-    def noise_std(self, x_TD: Tensor) -> Tensor:
+    def noise_std(self, seen_TX: Tensor) -> Tensor:
         """Standard deviation of the logit noise, broadcastable to [T, E], before the schedule scales it."""
-        return x_TD.new_ones(())
+        return seen_TX.new_ones(())
 
     def gate(self, logits_TE: Tensor) -> Tensor:
         """Gate values of logits that are already divided by the temperature."""
-        return logits_TE.softmax(-1)
+        return softmax(logits_TE)
 
     def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
         """The gate normalised over experts; `gates_TE` are the gate values of `logits_TE`."""
@@ -116,7 +122,7 @@ class Router(nn.Module):
         """From what ranks the experts (noisy logits, or merits plus selection bias) and the gate values, the plan."""
         raise NotImplementedError
 
-    def extras(self, x_TD: Tensor, noisy_TE: Tensor, plan: Plan, ctx: Context) -> dict[str, Tensor]:
+    def extras(self, x_TD: Tensor, seen_TX: Tensor, noisy_TE: Tensor, plan: Plan, ctx: Context) -> dict[str, Tensor]:
         """What else `objective` and `statistics` need to know of this decision."""
         return {}
 
@@ -166,20 +172,20 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = x_TD.float() if x_TD.dtype != torch.float64 else x_TD
             for e in ctx.exploring:
-                x_TD = e.explorer.input(x_TD, e.drawn, e.strength)
+                x_TD = e.explorer.input(precise(x_TD), e.drawn, e.strength)
             routing = self.route(x_TD, ctx)
         if ctx.hard is not None:
             routing = replace(routing, plan=routing.plan.harden(ctx.hard))
         return routing
 
     def route(self, x_TD: Tensor, ctx: Context) -> Routing:
-        """The decision on fp32 tokens; routers without scores per token and expert write their own."""
-        logits_TE = self.score(x_TD, ctx)
+        """The decision on tokens; routers without scores per token and expert write their own."""
+        seen_TX = self.features(x_TD)
+        logits_TE = self.score(seen_TX, ctx)
         sharp_TE = logits_TE / ctx.knobs.temperature
         clean_TE = gates_TE = self.gate(sharp_TE)
-        noisy_TE, std_TE, allowed = self._disturbed(x_TD, logits_TE, ctx)
+        noisy_TE, std_TE, allowed = self._disturbed(seen_TX, logits_TE, ctx)
         if noisy_TE is not logits_TE:
             gates_TE = self.gate(noisy_TE / ctx.knobs.temperature)
         rank_TE = noisy_TE if ctx.bias_E is None else self.merit(noisy_TE) + ctx.bias_E
@@ -191,14 +197,16 @@ class Router(nn.Module):
         for e in ctx.exploring:
             plan = e.explorer.plan(plan, gates_TE, e.drawn, e.strength)
         probs_TE = self.distribution(sharp_TE, clean_TE)
-        extra, offset_TD = self.extras(x_TD, noisy_TE, plan, ctx), self.offset(plan, gates_TE, ctx)
+        extra, offset_TD = self.extras(x_TD, seen_TX, noisy_TE, plan, ctx), self.offset(plan, gates_TE, ctx)
         return Routing(plan, logits_TE, probs_TE, noisy_TE, std_TE, extra, offset_TD)
 
-    def _disturbed(self, x_TD: Tensor, logits_TE: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _disturbed(
+        self, seen_TX: Tensor, logits_TE: Tensor, ctx: Context
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits with noise, -inf for experts that may not be chosen; the noise's standard deviation; who may be."""
         noisy_TE, std_TE, allowed = logits_TE, None, None
         if ctx.noise_TE is not None:
-            std_TE = (self.noise_std(x_TD) * ctx.knobs.noise).expand_as(logits_TE)
+            std_TE = (self.noise_std(seen_TX) * ctx.knobs.noise).expand_as(logits_TE)
             noisy_TE = logits_TE + ctx.noise_TE * std_TE
         for e in ctx.exploring:
             noisy_TE = e.explorer.logits(noisy_TE, e.drawn, e.strength)
@@ -256,11 +264,10 @@ class Scored(Router):
         self.hidden_DD = parameter(dim, dim, std=dim**-0.5) if scoring == "mlp" else None
 
     def features(self, x_TD: Tensor) -> Tensor:
-        """What the scores are made of."""
-        return x_TD if self.hidden_DD is None else F.silu(F.linear(x_TD, self.hidden_DD))
+        return x_TD if self.hidden_DD is None else F.silu(linear(x_TD, self.hidden_DD))
 
-    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        return F.linear(self.features(x_TD), self.weight_ED)
+    def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:
+        return linear(seen_TX, self.weight_ED)
 
     def directions_ED(self) -> Tensor | None:
         return self.weight_ED if self.hidden_DD is None else None

@@ -146,7 +146,7 @@ def _moe(router: str, logits_TE: Tensor, k: int, weights: Sequence[Tensor]) -> M
     moe = MoE(build("router", {"name": router, "k": k}, D, E), build("experts", ONE_NEURON | {"num": E}, D, 1), 1)
     seeding.initialise(moe, 0)
     moe.double()
-    moe.router.score = lambda x_TD, ctx: logits_TE
+    moe.router.score = lambda seen_TX, ctx: logits_TE
     for part, name, weight in zip((moe.router, moe.experts), ("weight_ED", "w_in_EID"), weights, strict=False):
         delattr(part, name)  # a parameter could not be a slice of the leaf
         setattr(part, name, weight)

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
+from moe_lab.precise import linear
 from moe_lab.routers.gated import Gate, Gated
 from moe_lab.routing import Choices, Context
 from moe_lab.seeding import parameter
@@ -39,8 +40,8 @@ class Cosine(Gated):
         self.embedding_EL = parameter(num_experts, latent, std=latent**-0.5)
         self.log_tau = parameter(std=0.0)  # relative to the start
 
-    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        h_TL = F.linear(self.features(x_TD), self.project_LD)
+    def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:
+        h_TL = linear(seen_TX, self.project_LD)
         cosine_TE = F.linear(F.normalize(h_TL, dim=-1), F.normalize(self.embedding_EL, dim=-1))
         return cosine_TE / (self.start * self.log_tau.exp())
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
 from moe_lab.plans import Mixture, best, shares
+from moe_lab.precise import linear
 from moe_lab.routing import Choices, Context, Router, Routing, Touches, Traits
 from moe_lab.schedules import Schedule, constant
 from moe_lab.seeding import parameter
@@ -51,14 +51,14 @@ class DSelectK(Router):
         self.share_KD = parameter(k, dim, std=0.05 / 3**0.5)
 
     def route(self, x_TD: Tensor, ctx: Context) -> Routing:
-        z_TKJ = F.linear(x_TD, self.digit_PD).view(len(x_TD), self.k, self.digits)
-        a_TK = F.linear(x_TD, self.share_KD)
+        z_TKJ = linear(x_TD, self.digit_PD).view(len(x_TD), self.k, self.digits)
+        a_TK = linear(x_TD, self.share_KD)
         t = ctx.knobs.temperature
         chosen_TKE, chosen_TE = self._weights(z_TKJ / t, a_TK / t)
         clean_TE = self._weights(z_TKJ, a_TK)[1]
         extra = {
             "entropy_T": -(chosen_TKE * (chosen_TKE + 1e-6).log()).sum((1, 2)),
-            "entropy_weight": ctx.strengths.get("entropy", x_TD.new_zeros(())),
+            "entropy_weight": ctx.strengths.get("entropy", a_TK.new_zeros(())),
             "unreachable_T": (1 / chosen_TKE.sum(-1).clamp_min(1e-3) - 1).sum(1),
         }
         plan = Mixture(chosen_TE, best(clean_TE.detach(), self.k))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.routing import Context, Plan, Scored, Traits
+from moe_lab.scores import softmax
 
 Gate = Literal["softmax", "sigmoid", "normalised_sigmoid"]
 Order = Literal["gate_first", "topk_first"]
@@ -29,7 +30,7 @@ class Weighed(Scored):
 
     def gate(self, logits_TE: Tensor) -> Tensor:
         if self.function == "softmax":
-            return logits_TE.softmax(-1)
+            return softmax(logits_TE)
         return logits_TE.sigmoid() if self.function == "sigmoid" else _shares_of_sigmoids(logits_TE)
 
     def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
@@ -90,4 +91,4 @@ def _among_chosen(gate: Gate, order: Order, renormalise: bool) -> bool:
 
 def _shares_of_sigmoids(logits_TE: Tensor) -> Tensor:
     """sigmoid(z) over its row sum, through logarithms: stays a distribution where every sigmoid underflows."""
-    return F.logsigmoid(logits_TE).softmax(-1)
+    return softmax(F.logsigmoid(logits_TE))

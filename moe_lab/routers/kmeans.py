@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_lab.config import option
 from moe_lab.routing import Choices, Context, Plan, Router, Routing, Traits
 from moe_lab.schedules import Schedule, constant
+from moe_lab.scores import softmax
 
 
 @option("router", "kmeans")
@@ -45,16 +46,16 @@ class KMeans(Router):
         self.rate, self.start, self.weight, self.tau = rate, start, weight, tau
         self.register_buffer("mean_ED", torch.zeros(num_experts, dim))
 
-    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        return F.linear(F.normalize(x_TD, dim=-1), F.normalize(self.mean_ED, dim=-1))
+    def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:
+        return F.linear(F.normalize(seen_TX, dim=-1), F.normalize(self.mean_ED, dim=-1))
 
     def gate(self, logits_TE: Tensor) -> Tensor:
         sharp_TE = logits_TE / self.tau
-        return sharp_TE.sigmoid() if self.weight == "sigmoid" else sharp_TE.softmax(-1)
+        return sharp_TE.sigmoid() if self.weight == "sigmoid" else softmax(sharp_TE)
 
     def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
         # Of sigmoids through logarithms: a distribution also where every one of them underflows.
-        return F.logsigmoid(logits_TE / self.tau).softmax(-1) if self.weight == "sigmoid" else gates_TE
+        return softmax(F.logsigmoid(logits_TE / self.tau)) if self.weight == "sigmoid" else gates_TE
 
     def merit(self, noisy_TE: Tensor) -> Tensor:
         return noisy_TE

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_lab.config import option
+from moe_lab.precise import precise
 from moe_lab.routers.gated import Gated, Order
 from moe_lab.routing import Choices, Context, Plan, Routing, Traits
 from moe_lab.seeding import parameter
@@ -49,16 +50,16 @@ class LPR(Gated):
         self.encode_LD, self.shift_L = parameter(latent, dim, std=dim**-0.5), parameter(latent, std=0.0)
         self.prototype_EL = parameter(num_experts, latent, std=latent**-0.5)  # as good as on the unit sphere
 
-    def encode(self, x_TD: Tensor) -> Tensor:
-        normed_TD = F.layer_norm(self.features(x_TD), (self.dim,), self.gain_D, self.shift_D)
+    def features(self, x_TD: Tensor) -> Tensor:
+        """Where a token stands in the small space, [T, L], of length 1."""
+        normed_TD = F.layer_norm(precise(super().features(x_TD)), (self.dim,), self.gain_D, self.shift_D)
         return F.normalize(F.linear(F.silu(normed_TD), self.encode_LD, self.shift_L), dim=-1)
 
-    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        return F.linear(self.encode(x_TD), F.normalize(self.prototype_EL, dim=-1))
+    def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:
+        return F.linear(seen_TX, F.normalize(self.prototype_EL, dim=-1))
 
-    def extras(self, x_TD: Tensor, noisy_TE: Tensor, plan: Plan, ctx: Context) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return {"latent_TL": self.encode(x_TD)}
+    def extras(self, x_TD: Tensor, seen_TX: Tensor, noisy_TE: Tensor, plan: Plan, ctx: Context) -> dict[str, Tensor]:
+        return {"latent_TL": seen_TX.detach()}
 
     def objective(self, routing: Routing, loss_T: Tensor, counted_T: Tensor) -> Tensor | None:
         unit_EL = F.normalize(self.prototype_EL, dim=-1)

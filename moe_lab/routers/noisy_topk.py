@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.config import option
+from moe_lab.precise import linear
 from moe_lab.routers.gated import Gated, Order
 from moe_lab.routing import Choices
 from moe_lab.seeding import parameter
@@ -26,5 +27,5 @@ class NoisyTopK(Gated):
         self.weight_ED = parameter(num_experts, dim, std=0.0)
         self.noise_ED = parameter(num_experts, dim, std=0.0)
 
-    def noise_std(self, x_TD: Tensor) -> Tensor:
-        return F.softplus(F.linear(self.features(x_TD), self.noise_ED))
+    def noise_std(self, seen_TX: Tensor) -> Tensor:
+        return F.softplus(linear(seen_TX, self.noise_ED))

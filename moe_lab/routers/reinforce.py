@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.config import option
+from moe_lab.precise import linear
 from moe_lab.routing import Assignments, Choices, Context, Plan, Routing, Scored
 from moe_lab.schedules import Schedule, constant
+from moe_lab.scores import log_softmax
 from moe_lab.seeding import parameter
 
 SILENT = 1e-6  # noise below this scale samples nothing: the choice is the argmax, which has no policy gradient
@@ -58,7 +60,7 @@ class Reinforce(Scored):
         top = self.top_k(rank_TE, gates_TE.detach())
         return Assignments(top.expert_TK, torch.full_like(top.weight_TK, 1 / self.k), self.num_experts)
 
-    def extras(self, x_TD: Tensor, noisy_TE: Tensor, plan: Plan, ctx: Context) -> dict[str, Tensor]:
+    def extras(self, x_TD: Tensor, seen_TX: Tensor, noisy_TE: Tensor, plan: Plan, ctx: Context) -> dict[str, Tensor]:
         if ctx.noise_TE is None:
             return {}
         assert isinstance(plan, Assignments)
@@ -73,15 +75,15 @@ class Reinforce(Scored):
     def _baseline(self, x_TD: Tensor) -> Tensor:
         """What the loss of each token is expected to be."""
         if self.baseline == "none":
-            return x_TD.new_zeros(x_TD.shape[0])
+            return self.running_2.new_zeros(x_TD.shape[0])
         mean = self.running_2[0] / self.running_2[1].clamp_min(1e-20)
         if self.critic_1D is None:
             return mean.expand(x_TD.shape[0])
-        return mean + F.linear(x_TD.detach(), self.critic_1D).squeeze(1)
+        return mean + linear(x_TD.detach(), self.critic_1D).squeeze(1)
 
     def objective(self, routing: Routing, loss_T: Tensor, counted_T: Tensor) -> Tensor:
         surprise_T = loss_T - routing.extra["baseline_T"]
-        log_p_TE = routing.logits_TE.log_softmax(-1)
+        log_p_TE = log_softmax(routing.logits_TE)
         entropy_T = -(log_p_TE.exp() * log_p_TE).sum(-1)
         total_T = surprise_T.detach() * routing.extra["log_prob_T"] - routing.extra["bonus"] * entropy_T
         if self.critic_1D is not None:
@@ -101,4 +103,4 @@ def ordered_log_prob(logits_TE: Tensor, expert_TK: Tensor) -> Tensor:
     drawn_TKE = F.one_hot(expert_TK, logits_TE.shape[1])
     gone_TKE = drawn_TKE.cumsum(1) > drawn_TKE
     left_TKE = logits_TE[:, None].masked_fill(gone_TKE, -torch.inf)
-    return left_TKE.log_softmax(-1).gather(2, expert_TK[:, :, None]).sum((1, 2))
+    return log_softmax(left_TKE).gather(2, expert_TK[:, :, None]).sum((1, 2))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lab.config import option
 from moe_lab.plans import best
+from moe_lab.precise import precise
 from moe_lab.routing import Choices, Context, Router, Routing, Touches, Traits
 from moe_lab.seeding import parameter
 from moe_lab.slots import Mix, Slots, before, running, whole
@@ -56,7 +57,7 @@ class SoftMoE(Router):
         return unit(self.phi_PD).unflatten(0, (self.num_experts, -1)).mean(1)
 
     def route(self, x_TD: Tensor, ctx: Context) -> Routing:
-        logits_TP = F.linear(unit(x_TD), self.scale_1 * unit(self.phi_PD))
+        logits_TP = F.linear(unit(precise(x_TD)), self.scale_1 * unit(self.phi_PD))
         logits_TE = logits_TP
         if len(self.phi_PD) > self.num_experts:
             logits_TE = logits_TP.unflatten(1, (self.num_experts, -1)).logsumexp(-1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lab.config import option
 from moe_lab.routing import Assignments, Choices, Context, Draw, Plan, Scored, Touches, Traits
+from moe_lab.scores import softmax
 
 # How often an expert that is not the best one is scaled down, to what part, and the factor of the gradient.
 VERSIONS = {"v1": (0.5, 1 / 2, 2.0), "v2": (0.75, 1 / 3, 1.0)}
@@ -49,23 +50,24 @@ class SparseMixer(Scored):
         return logits_TE  # `choose` takes a softmax over those that are near
 
     def distribution(self, logits_TE: Tensor, gates_TE: Tensor) -> Tensor:
-        return logits_TE.softmax(-1)
+        return softmax(logits_TE)
 
     def choose(self, rank_TE: Tensor, gates_TE: Tensor, ctx: Context) -> Plan:
         left_TE, picks, weights = rank_TE, [], []
         for i in range(self.k):
-            top_T1 = left_TE.amax(-1, keepdim=True)
+            top_T1, best_T1 = left_TE.max(-1, keepdim=True)
             near_TE = (top_T1 - left_TE) <= 2 * self.r * torch.maximum(rank_TE.abs(), top_T1)
-            sharp_TE = gates_TE.masked_fill(~near_TE, -torch.inf)
-            pick_T1 = best_T1 = left_TE.argmax(-1, keepdim=True)
+            sharp_TE = torch.where(near_TE, gates_TE, -torch.inf)
+            pick_T1 = best_T1
             if ctx.draws:
-                pick_T1 = (sharp_TE.detach() + ctx.draws[f"gumbel_{i}"]).argmax(-1, keepdim=True)
-            weight_T1 = sharp_TE.softmax(-1).gather(1, pick_T1)
+                pick_T1 = (sharp_TE.detach() + ctx.draws[f"gumbel_{i}"]).max(-1, keepdim=True).indices
+            weight_T1 = softmax(sharp_TE).gather(1, pick_T1)
             if ctx.draws:
                 weight_T1 = self._rescaled(weight_T1, pick_T1 == best_T1, ctx.draws[f"uniform_{i}"][:, None])
             picks.append(pick_T1)
             weights.append(weight_T1)
-            left_TE = left_TE.scatter(1, pick_T1, -torch.inf)
+            if i + 1 < self.k:
+                left_TE = left_TE.scatter(1, pick_T1, -torch.inf)
         return Assignments(torch.cat(picks, 1), torch.cat(weights, 1), self.num_experts)
 
     def _rescaled(self, weight_T1: Tensor, is_best_T1: Tensor, uniform_T1: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.config import option
+from moe_lab.precise import precise
 from moe_lab.routing import Assignments, Choices, Context, Draw, Router, Routing, Touches, Traits, best
 from moe_lab.seeding import parameter
 
@@ -23,11 +24,12 @@ class Unlearned(Router):
         """What decides, [T, E]: the highest are chosen."""
         raise NotImplementedError
 
-    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        return x_TD.new_zeros(x_TD.shape[0], self.num_experts)
+    def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:
+        return seen_TX.new_zeros(seen_TX.shape[0], self.num_experts)
 
     @torch.no_grad()
     def route(self, x_TD: Tensor, ctx: Context) -> Routing:
+        x_TD = precise(x_TD)
         expert_TK = best(self.rank(x_TD, ctx), self.k)
         weight_TK = x_TD.new_full(expert_TK.shape, 1 / self.k)
         logits_TE = self.score(x_TD, ctx)
@@ -83,8 +85,8 @@ class Random(Unlearned):
     def rank(self, x_TD: Tensor, ctx: Context) -> Tensor:
         return self.score(x_TD, ctx) if self.weight_ED is not None else ctx.draws["rank"]
 
-    def score(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        return super().score(x_TD, ctx) if self.weight_ED is None else F.linear(x_TD, self.weight_ED)
+    def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:
+        return super().score(seen_TX, ctx) if self.weight_ED is None else F.linear(seen_TX, self.weight_ED)
 
     def directions_ED(self) -> Tensor | None:
         return self.weight_ED

@@ -63,7 +63,7 @@ def complete(line: str) -> list[str]:
     if before[-1] in FILES:
         return []  # bash completes file names
     if before[0] == "list":
-        names = () if len(before) > 1 else presets.groups(presets.own_dir())
+        names = () if len(before) > 1 else [*presets.groups(presets.own_dir()), "sweeps"]
         return [f"{name} " for name in names if name.startswith(word)]
     return _train(word, before[1:]) if before[0] == "train" else []
 

@@ -89,6 +89,14 @@ def test_list_of_a_group_tells_every_key_with_its_default() -> None:
     assert wrong.code == 2 and "did you mean router?" in wrong.err
 
 
+def test_list_sweeps_tells_what_each_study_asks(here: Path) -> None:
+    (here / "sweeps").mkdir()
+    (here / "sweeps/mine.yaml").write_text("# Mine asks this?\nstudy: {}\n")
+    told = command("list", "sweeps").out
+    assert re.search(r"^collapse +Does top-1 routing collapse", told, re.MULTILINE)
+    assert re.search(r"^mine +Mine asks this", told, re.MULTILINE)
+
+
 def test_own_presets_are_listed_completed_and_used(here: Path, trained: list[dict[str, Any]]) -> None:
     (here / "moe_lab_conf/router").mkdir(parents=True)
     (here / "moe_lab_conf/router/mine.yaml").write_text("# My own.\nname: topk\nk: 3\nrenormalise: false\n")

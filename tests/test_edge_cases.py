@@ -18,13 +18,14 @@ from tests.command import moe_lab, tree
 OF_ONE_EXPERT = {
     *("load_cv_of_ceiling", "load_entropy", "token_entropy", "mutual_information", "centroid_cos"),
     *("router_cos", "router_cos_abs", "coupling_mismatched", "coupling_gap"),
-    *("coupling_signed_mismatched", "coupling_signed_gap"),
+    *("coupling_signed_mismatched", "coupling_signed_gap", "coupling_z", "coupling_signed_z"),
 }
 # noisy_topk starts at zero, and with one expert or none that is used no gradient moves it: rows without a direction.
 OF_ROWS_OF_ZEROS = {
     *("centroid_cos", "centroid_cos_raw", "router_cos", "router_cos_abs", "score_act_pearson", "score_act_spearman"),
     *("coupling_matched", "coupling_mismatched", "coupling_gap"),
     *("coupling_signed_matched", "coupling_signed_mismatched", "coupling_signed_gap"),
+    *("coupling_z", "coupling_signed_z"),
 }
 
 

@@ -14,17 +14,26 @@ from moe_lab.routing import Rows
 B, S, D, E = 3, 10, 8, 4
 
 
-@pytest.mark.parametrize("group", ["sequence", "micro_batch"])
+GROUPS = {
+    "sequence": [list(range(b * S, (b + 1) * S)) for b in range(B)],
+    "micro_batch": [list(range(B * S))],
+    "mixed": [list(range(b, B * S, B)) for b in range(B)],
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize(("k", "capacity"), [(1, 1.0), (2, 1.0), (2, 0.5), (1, 2.5), (3, 1.1), (4, 1.0)])
 def test_values_and_gradients_are_those_of_the_formula(group: str, k: int, capacity: float):
     moe = make_moe(preset("router", "expert_choice", k=k, capacity=capacity) | {"group": group}, D, E)
     x_TD = randn(B * S, D).requires_grad_()
     y_TD, routing = moe(x_TD, context(seq_len=S))
-    groups = [x_TD] if group == "micro_batch" else list(x_TD.view(B, S, D))
-    expected = [across.expert_choice(x, moe.router.weight_ED, each_expert(moe), k * capacity) for x in groups]
-    same_gradients(moe, x_TD, y_TD, torch.cat(expected))
+    expected_TD = torch.zeros_like(y_TD)
+    for tokens in GROUPS[group]:
+        y_nD = across.expert_choice(x_TD[tokens], moe.router.weight_ED, each_expert(moe), k * capacity)
+        expected_TD = expected_TD.index_add(0, torch.tensor(tokens), y_nD)
+    same_gradients(moe, x_TD, y_TD, expected_TD)
     assert isinstance(routing.plan, Rows)
-    rows = moe.router.rows_per_token(S if group == "sequence" else B * S)
+    rows = moe.router.rows_per_token(len(GROUPS[group][0]))
     assert int(routing.plan.counts_E.sum()) == round(B * S * rows)
 
 
@@ -56,16 +65,17 @@ def changed(group: str, first: Tensor, second: Tensor) -> Tensor:
     return (moe(first, context(seq_len=S))[0] != moe(second, context(seq_len=S))[0]).any(-1)
 
 
-@pytest.mark.parametrize("group", ["sequence", "micro_batch"])
+@pytest.mark.parametrize("group", GROUPS)
 def test_later_tokens_change_earlier_outputs(group: str):
     x_TD, other_TD = randn(B * S, D), randn(B * S, D, key=("other",))
     assert changed(group, x_TD, torch.cat([x_TD[: S // 2], 3 * other_TD[S // 2 :]]))[: S // 2].any()
 
 
-def test_sequences_meet_in_a_micro_batch_alone():
+def test_sequences_meet_in_a_micro_batch():
     x_TD, other_TD = randn(B * S, D), 3 * randn(B * S, D, key=("other",))
     other_TD = torch.cat([x_TD[:S], other_TD[S:]])
-    assert not changed("sequence", x_TD, other_TD)[:S].any() and changed("micro_batch", x_TD, other_TD)[:S].any()
+    assert not changed("sequence", x_TD, other_TD)[:S].any()
+    assert changed("micro_batch", x_TD, other_TD)[:S].any() and changed("mixed", x_TD, other_TD)[:S].any()
 
 
 def test_temperature_changes_weights_and_not_the_choice():

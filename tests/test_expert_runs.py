@@ -56,6 +56,7 @@ def test_one_network_among_experts_without(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     ran = run("router=topk", "experts.num=1", "experts.zero_experts=2", "router.k=1")
     of_one = {"coupling_mismatched", "coupling_gap", "coupling_signed_mismatched", "coupling_signed_gap"}
+    of_one |= {"coupling_z", "coupling_signed_z"}
     assert of_one <= ran.undefined() <= of_one | {"score_act_pearson", "score_act_spearman", "expert_loss"}
 
 

@@ -30,8 +30,9 @@ def test_names_that_other_parts_rely_on():
     per_layer = (
         "load_cv load_cv_of_ceiling importance_cv max_vio load_gini load_min_max effective_experts load_entropy "
         "token_entropy mutual_information dead_experts dropped_fraction logit_norm logsumexp nmi_domain nmi_token "
-        "nmi_position coupling_matched coupling_mismatched coupling_gap coupling_baseline router_cos router_cos_abs "
-        "centroid_cos load_shift churn router_grad_ratio score_act_pearson score_act_spearman bias_range l1_lambda"
+        "nmi_position coupling_matched coupling_mismatched coupling_gap coupling_z coupling_baseline router_cos "
+        "router_cos_abs centroid_cos load_shift churn router_grad_ratio score_act_pearson score_act_spearman "
+        "bias_range l1_lambda"
     )
     per_expert = "selected kept dropped top1 importance gate_mass expert_loss"
     for names, shape in ((per_layer, "L"), (per_expert, "LE")):

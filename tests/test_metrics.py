@@ -4,6 +4,7 @@ Shapes: L layers, T tokens, E experts, K chosen per token, D width, C classes.
 """
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -173,6 +174,16 @@ def test_coupling_by_hand():
     assert got["coupling_matched"] == got["coupling_mismatched"] == pytest.approx(1 / 3)
     assert got["coupling_signed_gap"] == pytest.approx(0)
     assert got["coupling_baseline"] == pytest.approx(math.sqrt(2 / (math.pi * 3)))
+
+
+def test_permutation_z_is_that_of_all_orders():
+    x_EE = torch.randn(5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 3
+    sums = torch.tensor([sum(x_EE[i, j] for i, j in enumerate(order)) for order in permutations(range(5))])
+    assert geometry.permutation_z(x_EE).item() == pytest.approx(
+        ((x_EE.trace() - sums.mean()) / sums.std(correction=0)).item()
+    )
+    assert geometry.permutation_z(torch.eye(5)).item() == pytest.approx(4)  # the largest there is
+    assert geometry.permutation_z(x_EE[:1].expand(5, 5)).isnan()  # copies of one expert
 
 
 def test_cosine_baseline_by_simulation():

@@ -142,7 +142,7 @@ def test_the_watch_sees_a_write_outside(here: Path) -> None:
 def presets(here: Path) -> Path:
     """A config folder of somebody else, with such names in all that is shown of it."""
     folder = here / "moe_lab_conf"
-    for group in ("router", "evil\x1b[31m"):
+    for group in ("router", "evil\x1b[31m", "../sweeps"):
         (folder / group).mkdir(parents=True)
         for kind, name in NAMES.items():
             if name and "/" not in name and len(name) < 200:
@@ -153,7 +153,9 @@ def presets(here: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("words", ["list", "list router", "train --help", "-sc query=bash", "train routr=x", "info"])
+@pytest.mark.parametrize(
+    "words", ["list", "list router", "list sweeps", "train --help", "-sc query=bash", "train routr=x", "info"]
+)
 def test_what_is_shown_of_the_presets_of_others(words: str, presets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMP_LINE", "moe-lab train router=")
     monkeypatch.setenv("MOE_LAB_PLUGINS", "\x1b[31m" if words == "info" else "")

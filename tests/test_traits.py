@@ -23,7 +23,7 @@ T = B * S
 MORE: dict[str, list[Any]] = {
     "order": ["gate_first", "topk_first"],
     "causal": ["none", "blocks", "prefix"],
-    "group": ["sequence", "micro_batch"],
+    "group": ["sequence", "micro_batch", "mixed"],
     "baseline": ["none", "mean", "critic"],
     "version": ["v1", "v2"],
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_lab.observe.metric import declare
 
 TOPIC = "Geometry: where router rows point"
+ALIKE = 1e-6  # of the norm of a table of cosines: below it what is left after centring is rounding
 MOST_COSINES = 2**22  # of neurons with router rows, held at once
 _COUPLING = "arXiv 2605.12476; the statistic is ours"
 
@@ -59,8 +60,21 @@ def coupling(router_ED: Tensor, read_in_EFD: Tensor, real_EF: Tensor | None = No
             f"{prefix}_matched": matched,
             f"{prefix}_mismatched": mismatched,
             f"{prefix}_gap": matched - mismatched,
+            f"{prefix}_z": permutation_z(cosine_GE),
         }
     return found
+
+
+def permutation_z(x_EE: Tensor) -> Tensor:
+    """The diagonal's sum, in standard deviations from its mean over all E! orders of the rows; 0-dim.
+
+    Exact, by the moments of Hoeffding 1951 (Annals of Mathematical Statistics 22, a combinatorial central limit
+    theorem). NaN where all orders give the same, as with experts that are copies of one.
+    """
+    centred_EE = x_EE - x_EE.mean(0) - x_EE.mean(1, keepdim=True) + x_EE.mean()
+    size = torch.linalg.vector_norm(centred_EE)
+    size = size.masked_fill(size < ALIKE * torch.linalg.vector_norm(x_EE), math.nan)
+    return math.sqrt(len(x_EE) - 1) * centred_EE.trace() / size
 
 
 for _prefix, _size, _low in (("coupling", "|cos|", "0"), ("coupling_signed", "cos", "-1")):
@@ -101,6 +115,19 @@ for _prefix, _size, _low in (("coupling", "|cos|", "0"), ("coupling_signed", "co
         worst="min",
         source=_COUPLING,
         reads="Above 0: router and expert collected the same tokens. Read it against coupling_baseline.",
+        when="training",
+    )
+    declare(
+        f"{_prefix}_z",
+        TOPIC,
+        f"sqrt(E-1) sum_e C_ee / ||C||, C_ge = mean_n {_size}(r_e, W_g[n]) less row and column means, plus the mean",
+        span=("-(E-1)", "E-1"),
+        balanced="any",
+        collapsed="any",
+        floor="0, give or take 1: its mean and deviation over all E! pairings of rows with experts",
+        worst="min",
+        source=_COUPLING + "; Hoeffding 1951",
+        reads="The gap against a permutation null, in its standard deviations: above 2 or 3, rows know their experts.",
         when="training",
     )
 declare(

@@ -14,7 +14,7 @@ from moe_lab.routers.gated import Gated, Order
 from moe_lab.routing import Choices, Context, Plan, Rows, Touches, Traits
 from moe_lab.sizes import routed
 
-Group = Literal["sequence", "micro_batch"]
+Group = Literal["sequence", "micro_batch", "mixed"]
 
 
 @option("router", "expert_choice")
@@ -28,7 +28,9 @@ class ExpertChoice(Gated):
     scores, and the gate is taken over the experts that took the token; renormalise divides by the sum over these
     (a token that one expert took then sends the router no gradient).
 
-    Whether an expert takes a token depends on the tokens after it: not causal, in evaluation neither.
+    Whether an expert takes a token depends on the tokens after it: not causal, in evaluation neither. group=mixed is
+    the control that arXiv 2408.15664 (appendix D) has in shuffled tokens: groups as large as a sequence whose tokens
+    are dealt from all sequences of the micro-batch in turn (ours: no chance), so that few are a token's own future.
     """
 
     scored = False
@@ -52,11 +54,16 @@ class ExpertChoice(Gated):
         T, E = rank_TE.shape
         n = T if self.group == "micro_batch" else ctx.seq_len or T
         wish_TE = self.gate(rank_TE) if self.order == "gate_first" else rank_TE
-        token_GCE = wish_TE.view(-1, n, E).topk(self._takes(n), 1).indices
-        token_GCE = token_GCE + torch.arange(0, T, n, device=rank_TE.device)[:, None, None]
+        token_Gn = self._groups(torch.arange(T, device=rank_TE.device), n)
+        taken_GCE = wish_TE[token_Gn].topk(self._takes(n), 1).indices
+        token_GCE = token_Gn[:, :, None].expand(-1, -1, E).gather(1, taken_GCE)
         token_EC = token_GCE.permute(2, 0, 1).flatten(1)
         plan = Rows(token_EC, gates_TE.T.gather(1, token_EC), T)
         return plan.renormalised() if self.among_chosen else plan
+
+    def _groups(self, token_T: Tensor, n: int) -> Tensor:
+        """The tokens of each group of n: neighbours, or dealt in turn."""
+        return token_T.view(n, -1).T if self.group == "mixed" else token_T.view(-1, n)
 
     def _takes(self, n: int) -> int:
         """Tokens of a group of n that each expert takes."""

@@ -9,7 +9,9 @@ from moe_lab.cli import arguments, complain, quiet_pipe
 
 def main(argv: list[str]) -> int:
     parser = arguments("list", "The groups, or the options of one with their keys.")
-    parser.add_argument("group", nargs="?", help="router, experts, balance, explore, ...; all of them when left out")
+    parser.add_argument(
+        "group", nargs="?", help="router, experts, balance, explore, ..., or sweeps; all groups when left out"
+    )
     parser.add_argument("--traits", action="store_true", help="what each router promises: list router --traits")
     told = parser.parse_args(argv)
     asked = told.group
@@ -19,11 +21,14 @@ def main(argv: list[str]) -> int:
     if told.traits:
         _print(_traits())
         return 0
+    if asked == "sweeps":
+        _print(_studies())
+        return 0
     groups = presets.groups(presets.own_dir())
     if asked is not None and asked not in groups:
         from moe_lab.config import nearest
 
-        return complain([f"no such group: {asked}{nearest(asked, groups)}"])
+        return complain([f"no such group: {asked}{nearest(asked, [*groups, 'sweeps'])}"])
     _print(_options(groups[asked]) if asked else _groups(groups.values()))
     return 0
 
@@ -35,7 +40,7 @@ def _groups(groups: Iterable[presets.Group]) -> Any:
     for group in groups:
         names = Text("  ").join(_name(preset.name, preset.name in group.chosen) for preset in group.presets.values())
         table.add_row(Text(f"{group.name}=[...]" if group.many else f"{group.name}=", "bold"), names)
-    table.caption = "moe-lab list GROUP tells what each is, with its keys"
+    table.caption = "moe-lab list GROUP tells what each is, with its keys; moe-lab list sweeps the studies"
     return table
 
 
@@ -51,6 +56,19 @@ def _options(group: presets.Group) -> Any:
         for key in keys:
             table.add_row(Text(f"  {key.path}"), Text(key.value, "cyan"), Text(key.about, "dim"))
         table.add_section()
+    return table
+
+
+def _studies() -> Any:
+    """Each study with the comment that its file begins with."""
+    from rich.text import Text
+
+    from moe_lab.study.files import studies
+
+    table = _table("study", "what it asks")
+    for name, path in studies().items():
+        if name.isprintable():
+            table.add_row(Text(name, "bold"), Text(presets.read(path).about))
     return table
 
 

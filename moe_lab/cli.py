@@ -10,6 +10,9 @@ from moe_lab import __version__
 
 VERBS = {
     "train": "train a model and watch its routers: moe-lab train router=gumbel_ste",
+    "sweep": "run a study and judge its claims, or finish it: moe-lab sweep NAME",
+    "status": "what became of a sweep's jobs: moe-lab status DIR",
+    "watch": "the same, live, until they have ended: moe-lab watch DIR",
     "list": "the groups, and the options of one: moe-lab list router",
     "check": "judge a study's claims: moe-lab check outputs/sweeps/collapse",
     "diff": "how two runs differ in config and outcome: moe-lab diff RUN RUN",

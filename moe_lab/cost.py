@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_lab.model.moe import MoE
+from moe_lab.model.transformer import Transformer
 from moe_lab.parts import Parts
 
 
@@ -20,7 +21,11 @@ def cost(parts: Parts) -> dict[str, Any]:
     right for even load. Where the data decides how many experts a token gets, k are reckoned with, and `..._at_most`
     says what it can come to; a summary's `experts_executed_measured` is what it came to in the last row.
     """
-    model, S = parts.model, parts.settings.seq_len
+    return cost_of_model(parts.model, parts.settings.seq_len)
+
+
+def cost_of_model(model: Transformer, S: int) -> dict[str, Any]:
+    """The same of a model by itself, also of one on the meta device; S: tokens of a sequence."""
     layers = [expert_weights(moe, S) for moe in model.moes]
     held, active, executed, useful, most = (sum(layer) for layer in zip(*layers, strict=True)) if layers else [0] * 5
     of_experts = sum(p.numel() for moe in model.moes for p in moe.experts.parameters())

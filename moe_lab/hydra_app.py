@@ -2,12 +2,9 @@
 
 Hydra makes the run directory, and builds whatever its own part of the config names, before any code of ours is
 asked. So the same config is composed here beforehand with Hydra's own loader: its `hydra` part is held against the
-few things that may stand there, its job part against the schema; a sweep is expanded and checked job by job.
+few things that may stand there, its job part against the schema; hydra_jobs does so for each job of a sweep.
 """
 
-import copy
-import itertools
-import math
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -19,20 +16,18 @@ from typing import Any, TypeVar
 import hydra
 import hydra.utils
 from hydra import version
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, OverrideType, RangeSweep
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf
 
 from moe_lab import config, mistakes, naming, places, presets
 
 T = TypeVar("T")
-MAX_JOBS = 2000
 # What may be built for Hydra itself. Everything else with a `_target_` is refused before Hydra sees it.
 TARGETS = {
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
@@ -61,7 +56,7 @@ class Refused(Exception):
 
 @dataclass
 class Plan:
-    """What a command line asks for, composed and checked."""
+    """What a command line asks for, composed and checked; of a sweep the part that its jobs share."""
 
     overrides: list[str]  # for Hydra, its mode included
     multirun: bool
@@ -89,27 +84,27 @@ def open_hydra(own: Path | None) -> Iterator[Hydra]:
 def compose(app: Hydra, config_name: str, overrides: list[str], mode: RunMode = RunMode.RUN, **how: bool) -> DictConfig:
     """The composed config. Refused with every mistake that keeps it from being composed."""
     loader = app.config_loader
-    return _told(lambda: loader.load_configuration(config_name, overrides, mode, **how), app, config_name, overrides)
+    return told(lambda: loader.load_configuration(config_name, overrides, mode, **how), app, config_name, overrides)
 
 
 def compose_one(app: Hydra, config_name: str, overrides: list[str]) -> DictConfig:
     """What --cfg and --info show, which is one job, with -m as well."""
-    parsed = _told(lambda: _parsed(app, overrides), app, config_name, overrides)
-    _refuse(
+    given = told(lambda: parsed(app, overrides), app, config_name, overrides)
+    refuse(
         [
             f"{o.input_line}: several values, but what is shown is one job: give a single value with --cfg or --info"
-            for o in parsed
+            for o in given
             if o.is_sweep_override()
         ]
     )
     cfg = compose(app, config_name, overrides)
-    _refuse(_unfit(parsed))
-    job = {key: value for key, value in _unresolved(cfg).items() if key != "hydra"}
-    _refuse(config.unfit_for_a_record(job, ""))
+    refuse(_unfit(given))
+    job = {key: value for key, value in unresolved(cfg).items() if key != "hydra"}
+    refuse(config.unfit_for_a_record(job, ""))
     return cfg
 
 
-def _told(load: Callable[[], T], app: Hydra, config_name: str, overrides: list[str]) -> T:
+def told(load: Callable[[], T], app: Hydra, config_name: str, overrides: list[str]) -> T:
     try:
         return load()
     except Exception as error:  # whatever Hydra, OmegaConf, yaml or the parser raise: the config cannot be read
@@ -118,38 +113,36 @@ def _told(load: Callable[[], T], app: Hydra, config_name: str, overrides: list[s
 
 def plan(app: Hydra, config_name: str, overrides: list[str], multirun: bool) -> Plan:
     """Compose and check all that is asked for. Raises Refused with every mistake that was found."""
-    _refuse(_told(lambda: _unfit(_parsed(app, overrides)), app, config_name, overrides))
+    refuse(told(lambda: _unfit(parsed(app, overrides)), app, config_name, overrides))
     swept = _with_groups(app, overrides)
     master = compose(app, config_name, swept, RunMode.MULTIRUN, validate_sweep_overrides=False)
-    hydra_part = _unresolved(master.hydra)
-    _refuse(list(forbidden(hydra_part)))
-    _refuse(config.unfit_for_a_record(hydra_part, "hydra") or list(places.joined(hydra_part)))
+    hydra_part = unresolved(master.hydra)
+    refuse(list(forbidden(hydra_part)))
+    refuse(config.unfit_for_a_record(hydra_part, "hydra") or list(places.joined(hydra_part)))
     multirun = multirun or master.hydra.mode == RunMode.MULTIRUN
     asked = [o for o in (swept if multirun else overrides) if not o.startswith("hydra.mode=")]
     asked.append(f"hydra.mode={'MULTIRUN' if multirun else 'RUN'}")
-    if multirun:
-        _check_sweep(app, config_name, asked)
-    else:
+    if not multirun:
         cfg = compose(app, config_name, asked)
-        _refuse(config.check(_told(lambda: naming.plain(cfg), app, config_name, asked)))
-        _refuse(_taken(_told(lambda: str(cfg.hydra.run.dir), app, config_name, asked)))
+        refuse(config.check(told(lambda: naming.plain(cfg), app, config_name, asked)))
+        refuse(_taken(told(lambda: str(cfg.hydra.run.dir), app, config_name, asked)))
     return Plan(asked, multirun)
 
 
 def _with_groups(app: Hydra, overrides: list[str]) -> list[str]:
     """`router=topk,switch router.k=1`: Hydra would set router.k in the default router first, which need not have it.
     As a sweep over one value, it is set together with each router."""
-    parsed = _parsed(app, overrides)
-    swept = {o.key_or_group for o in parsed if o.is_sweep_override() and "." not in o.key_or_group}
+    given = parsed(app, overrides)
+    swept = {o.key_or_group for o in given if o.is_sweep_override() and "." not in o.key_or_group}
     told = []
-    for o in parsed:
+    for o in given:
         key, _, value = str(o.input_line).partition("=")
         inside = o.type == OverrideType.CHANGE and "." in key and key.split(".")[0] in swept
         told.append(f"{key}=choice({value})" if inside and not o.is_sweep_override() else str(o.input_line))
     return told
 
 
-def _parsed(app: Hydra, overrides: list[str]) -> list[Override]:
+def parsed(app: Hydra, overrides: list[str]) -> list[Override]:
     return OverridesParser.create(config_loader=app.config_loader).parse_overrides(overrides)
 
 
@@ -161,7 +154,7 @@ def _unfit(overrides: list[Override]) -> list[str]:
     return [problem for key, value in values for problem in config.unfit_for_a_record({key: value}, "")]
 
 
-def _refuse(problems: list[str]) -> None:
+def refuse(problems: list[str]) -> None:
     if problems:
         raise Refused(problems)
 
@@ -171,100 +164,15 @@ def _taken(run_dir: str) -> list[str]:
     if problems := places.named("hydra.run.dir", run_dir):
         return problems
     folder = Path(run_dir)
-    begun = (folder / "status.json").exists() or (folder / ".lock").exists()  # or killed between the two
+    # .lock: killed before it had a status. job.json: a sweep is about to start it.
+    begun = any((folder / name).exists() for name in ("status.json", ".lock", "job.json"))
     if folder.is_dir() and any(folder.iterdir()) and not begun:
         return [f"hydra.run.dir={folder}: is not empty and holds no run; choose a new directory"]
     return places.directory("hydra.run.dir", str(folder))
 
 
-def _check_sweep(app: Hydra, config_name: str, overrides: list[str]) -> None:
-    """Compose and check every job of the sweep; a mistake that many jobs share is told once."""
-    master = compose(app, config_name, overrides, RunMode.MULTIRUN)
-    params = [f"{key}={value}" for key, value in (OmegaConf.select(master, "hydra.sweeper.params") or {}).items()]
-    parsed = _parsed(app, params + list(master.hydra.overrides.task))
-    sweep_dir = _told(lambda: str(master.hydra.sweep.dir), app, config_name, overrides)
-    _refuse(places.directory("hydra.sweep.dir", sweep_dir))
-    _refuse([line for o in parsed if (line := _no_sweep(o))])
-    many = math.prod(_length(override) for override in {o.get_key_element(): o for o in parsed}.values())
-    if many > MAX_JOBS:
-        raise Refused([f"this sweep has {many:,} jobs; the limit is {MAX_JOBS:,}: sweep over less at a time"])
-    told: dict[str, list[str]] = {}
-    composed = Composed(app, config_name, master)
-    for job in map(list, itertools.chain.from_iterable(BasicSweeper.split_arguments(parsed, None))):
-        for problem in composed.problems(job):
-            told.setdefault(problem, []).append(" ".join(job))
-    _refuse([_where(problem, where, many) for problem, where in told.items()])
-
-
-def _unresolved(cfg: DictConfig) -> dict[str, Any]:
+def unresolved(cfg: DictConfig) -> dict[str, Any]:
     return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
-
-
-class Composed:
-    """Jobs of one sweep. What Hydra composes from groups is kept and plain values are set in copies of it:
-    a job then takes 8 ms to check instead of 80."""
-
-    def __init__(self, app: Hydra, config_name: str, master: DictConfig):
-        self.app, self.config_name, self.master = app, config_name, master
-        self.groups = set(app.config_loader.list_groups(""))
-        self.parser = OverridesParser.create(config_loader=app.config_loader)
-        self.bases: dict[tuple[str, ...], DictConfig] = {}
-        self.named_by_us = str(_unresolved(master.hydra.sweep)["subdir"]).startswith("${moe_lab.job_name:")
-
-    def problems(self, job: list[str]) -> list[str]:
-        try:
-            cfg = _told(lambda: naming.plain(self._compose(job)), self.app, self.config_name, job)
-            problems = config.check(cfg)
-            return problems or ([] if self.named_by_us else places.below("hydra.sweep.subdir", self._subdir(job)))
-        except Refused as refused:
-            return refused.lines
-
-    def _subdir(self, job: list[str]) -> str:
-        """Where Hydra will put a job, under a name of the user's own."""
-        cfg = self.app.config_loader.load_sweep_config(self.master, job)
-        with open_dict(cfg), read_write(cfg):
-            cfg.hydra.job.num, cfg.hydra.job.id = 0, "0"
-        return _told(lambda: str(cfg.hydra.sweep.subdir), self.app, self.config_name, job)
-
-    def _compose(self, job: list[str]) -> DictConfig:
-        parsed = self.parser.parse_overrides(job)
-        values = [
-            o for o in parsed if o.type == OverrideType.CHANGE and o.key_or_group.split("/")[0] not in self.groups
-        ]
-        shape = tuple(str(o.input_line) for o in parsed if o not in values)
-        if shape not in self.bases:
-            self.bases[shape] = self.app.config_loader.load_sweep_config(self.master, list(shape))
-        cfg = copy.deepcopy(self.bases[shape])
-        for o in values:
-            OmegaConf.update(cfg, o.key_or_group, o.value(), merge=True)
-        return cfg
-
-
-def _no_sweep(override: Override) -> str | None:
-    """What is wrong with a sweep over one key."""
-    value = override.value()
-    if override.is_sweep_override() and not override.is_discrete_sweep():
-        return f"{override.input_line}: has no end; sweep over a,b,c or range(start,stop,step)"
-    if isinstance(value, RangeSweep) and not value.step:
-        return f"{override.input_line}: a range needs a step other than 0"
-    return f"{override.input_line}: there is nothing in it to sweep over" if not _length(override) else None
-
-
-def _length(override: Override) -> int:
-    value = override.value()
-    if isinstance(value, Glob):
-        return sum(1 for _ in override.sweep_string_iterator())
-    if isinstance(value, RangeSweep):
-        assert value.start is not None and value.stop is not None
-        return max(0, math.ceil((value.stop - value.start) / value.step))
-    return len(value.list) if isinstance(value, ChoiceSweep) else 1
-
-
-def _where(problem: str, jobs: list[str], many: int) -> str:
-    if len(jobs) == many:
-        return problem
-    more = f" and {len(jobs) - 1} more of {many} jobs" if len(jobs) > 1 else ""
-    return f"{problem}  (job {jobs[0]}{more})"
 
 
 def forbidden(node: Any, path: str = "hydra") -> Iterator[str]:

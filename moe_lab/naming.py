@@ -37,11 +37,16 @@ def run_name(router: str, overrides: Iterable[str]) -> str:
     return f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{slug(router, overrides)}-{secrets.token_hex(3)}"
 
 
-def job_name(cfg: Mapping[str, Any], overrides: Iterable[str], sweep_dir: Path) -> str:
+def job_name(cfg: Mapping[str, Any], overrides: Iterable[str], there: Mapping[str, str]) -> str:
     """`<config hash>-<slug>`; a job that was spelled differently the first time keeps its first name."""
     key = config_hash(quick(dict(cfg)) if cfg["fast"] else cfg)
-    there = sorted(sweep_dir.glob(f"{key}-*")) if sweep_dir.is_dir() else []
-    return there[0].name if there else f"{key}-{slug(str(cfg['router']['name']), overrides)}"
+    return there.get(key) or f"{key}-{slug(str(cfg['router']['name']), overrides)}"
+
+
+def job_names(sweep_dir: Path) -> dict[str, str]:
+    """The jobs that a sweep's folder has, by config hash."""
+    names = sorted(os.listdir(sweep_dir), reverse=True) if sweep_dir.is_dir() else []
+    return {name.partition("-")[0]: name for name in names}
 
 
 def register_resolvers() -> None:
@@ -53,7 +58,8 @@ def register_resolvers() -> None:
         return run_name(str(router), [str(override) for override in overrides])
 
     def job_name_of(overrides: Iterable[str], _root_: DictConfig) -> str:
-        return job_name(plain(_root_), [str(override) for override in overrides], Path(str(_root_.hydra.sweep.dir)))
+        there = job_names(Path(str(_root_.hydra.sweep.dir)))
+        return job_name(plain(_root_), [str(override) for override in overrides], there)
 
     new_name = not omegaconf.__version__.startswith("2.3.")  # 2.3 has another function under the name of 2.4
     register: Any = OmegaConf.register_resolver if new_name else OmegaConf.register_new_resolver

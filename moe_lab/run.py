@@ -30,7 +30,7 @@ from moe_lab.sources import sources
 log = logging.getLogger(__name__)
 Config = Mapping[str, Any]
 # Keys that say where a run lives or whom it tells, and nothing about its numbers.
-NOT_NUMBERS = ("output_dir", "study", "resume", "checkpoint", "wandb", "fast")
+NOT_NUMBERS = ("output_dir", "sweep", "resume", "checkpoint", "wandb", "fast")
 VERSIONS = ("torch", "numpy", "hydra-core", "omegaconf", "pydantic", "safetensors", "wandb", "datasets", "rich")
 
 

@@ -18,6 +18,15 @@ class Checkpointing(BaseModel, extra="forbid"):
     keep: PosInt  # newest checkpoints kept
 
 
+class Sweeping(BaseModel, extra="forbid", allow_inf_nan=False):
+    """Where the jobs of a sweep go and how many run at a time: nothing that a job itself depends on."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,39}$")]
+    max_jobs: PosInt
+    jobs: PosInt | None
+    timeout: Annotated[float, Field(gt=0)] | None
+
+
 @option("root", "train")
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -36,7 +45,7 @@ class Settings:
     compile: bool
     resume: str | None
     output_dir: Annotated[str, Field(min_length=1)]
-    study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,39}$")]
+    sweep: Sweeping
     fast: bool
     allow_leak: bool
 

@@ -43,7 +43,8 @@ def complaint(error: Mapping[str, Any]) -> str:
             return f"must be {words} {int(bound) if bound == int(bound) else bound}"
     if error["type"] == "literal_error":
         offered = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
-        meant = {"gpu": "cuda"}.get(error["input"], str(error["input"]))
+        given = str(error["input"])
+        meant = {"gpu": "cuda"}.get(given, given)
         close = difflib.get_close_matches(meant, offered, n=1)
         return f"must be {' | '.join(offered)}" + (f"; did you mean {close[0]}?" if close else "")
     if error["type"] == "string_too_short":

@@ -1,4 +1,5 @@
-"""`moe-lab ...` in this process: what it printed and its exit code, with the process put back as it was."""
+"""`moe-lab ...` in this process, the jobs of a sweep too: what it printed and its exit code, with the process put back
+as it was."""
 
 import contextlib
 import io
@@ -9,7 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import in_process
+
 from moe_lab.cli import main
+from moe_lab.study import worker
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ def moe_lab(*words: str) -> Said:
 
 @contextlib.contextmanager
 def _as_it_was() -> Iterator[None]:
-    argv, root = sys.argv, logging.getLogger()
+    argv, root, child = sys.argv, logging.getLogger(), worker.Child
+    worker.Child = in_process.Job  # type: ignore[misc]
     handlers, level, pipe = root.handlers[:], root.level, signal.getsignal(signal.SIGPIPE)
     try:
         yield
@@ -40,7 +45,7 @@ def _as_it_was() -> Iterator[None]:
         for handler in root.handlers:
             if handler not in handlers:
                 handler.close()
-        sys.argv, root.handlers[:] = argv, handlers
+        sys.argv, root.handlers[:], worker.Child = argv, handlers, child  # type: ignore[misc]
         root.setLevel(level)  # loggers remember what the root's level allowed; this makes them ask again
         signal.signal(signal.SIGPIPE, pipe)
 

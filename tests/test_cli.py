@@ -36,10 +36,16 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def train(cfg: dict[str, Any], run_dir: Path, overrides: list[str], choices: dict[str, str]) -> dict[str, Any]:
         calls.append({"cfg": cfg, "run_dir": run_dir, "overrides": overrides, "choices": choices})
+        completed(run_dir)
         return {"status": "completed"}
 
     monkeypatch.setattr(moe_lab.train, "train", train)
     return calls
+
+
+def completed(run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "status.json").write_text('{"status": "completed", "step": 1, "attempt": 1}')
 
 
 # --- help, list, info
@@ -218,7 +224,7 @@ def test_a_sweep_job_lands_in_the_same_place_every_time(here: Path, trained: lis
     assert len(again) == 4
     for call in trained[:4]:
         assert again[call["cfg"]["router"]["name"], call["cfg"]["seed"]] == call["run_dir"]
-    folders = sorted(path.name for path in (here / "outputs/sweeps/multirun").iterdir() if path.is_dir())
+    folders = sorted(path.name for path in (here / "outputs/sweeps/multirun").glob("*-*"))
     assert len(folders) == 8 and all(re.fullmatch(r"[0-9a-f]{16}-(topk|switch)-.*", name) for name in folders)
 
 
@@ -288,32 +294,38 @@ def test_an_output_dir_that_cannot_be_made(here: Path, trained: list[dict[str, A
 def test_a_failed_run_does_not_end_the_sweep(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def train(cfg: dict[str, Any], *_: Any) -> dict[str, Any]:
+    def train(cfg: dict[str, Any], run_dir: Path, *_: Any) -> dict[str, Any]:
         seen.append(cfg["seed"])
         if cfg["seed"] == 1:
             raise Stop(3, "diverged")
         if cfg["seed"] == 2:
             raise RuntimeError("a bug")
+        completed(run_dir)
         return {}
 
     monkeypatch.setattr(moe_lab.train, "train", train)
     said = command("train", "-m", "seed=0,1,2,3", "steps=10")
     assert (said.code, seen) == (1, [0, 1, 2, 3])
-    told = [line for line in said.err.splitlines() if line.startswith("moe-lab: ")]
-    assert told == [
+    told = [line.split("; its log is ") for line in said.err.splitlines()]
+    assert [first for first, *_ in told] == [
         "moe-lab: failed: seed=1: diverged",
         "moe-lab: failed: seed=2: RuntimeError: a bug",
         "moe-lab: 2 of 4 runs failed",
     ]
+    assert "Traceback" in Path(told[1][1]).read_text()
 
 
-def test_stopping_a_run_stops_the_sweep(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_somebody_stops_goes_on_with_the_same_command(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def train(cfg: dict[str, Any], *_: Any) -> dict[str, Any]:
+    def train(cfg: dict[str, Any], run_dir: Path, *_: Any) -> dict[str, Any]:
         seen.append(cfg["seed"])
-        raise Stop(75, "stopped by SIGTERM")
+        if len(seen) == 2:
+            raise Stop(75, "stopped by SIGTERM")
+        completed(run_dir)
+        return {}
 
     monkeypatch.setattr(moe_lab.train, "train", train)
     assert command("train", "-m", "seed=0,1,2").code == 75
-    assert seen == [0]
+    assert command("train", "-m", "seed=0,1,2").code == 0
+    assert seen[:3] == [0, 1, 2] and 1 in seen[3:]

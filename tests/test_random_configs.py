@@ -43,7 +43,7 @@ MODEST = [0, 1, 2, 3, 4, 8, 0.0, 0.1, 0.5, 0.99, 1.0, 2.5, 1e-6, 1e4, True, Fals
 GROUPS = ("router", "experts", "balance", "explore", "schedule", "dataset", "model", "objective", "optim")
 LISTS = ("balance", "explore")
 # Set by the test: where it writes, how long it takes, what it does not have.
-KEPT = {"device", "compile", "dtype", "resume", "output_dir", "study", "fast", "steps", "checkpoint", "repo", "paths"}
+KEPT = {"device", "compile", "dtype", "resume", "output_dir", "sweep", "fast", "steps", "checkpoint", "repo", "paths"}
 
 
 @functools.cache

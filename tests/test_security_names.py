@@ -39,7 +39,7 @@ TINY = "dataset=clusters dataset.tokens=5000 logger=[] fast=true steps=1 model.d
 
 # Every place where a name can be given; {} is the name, quoted where Hydra reads it.
 PLACES = [
-    *("study={}", "-m study={}", "-m study=a,{}", "hydra.job.name={}", "hydra.output_subdir={}"),
+    *("sweep.name={}", "-m sweep.name={}", "-m sweep.name=a,{}", "hydra.job.name={}", "hydra.output_subdir={}"),
     *("-m hydra.sweep.subdir={}", "hydra.job_logging.handlers.file.filename={}", "hydra/job_logging={}"),
     *("router={}", "+{}=1", "resume={}", "--config-dir {}", "--config-name {}", "dataset=text dataset.paths=[{}]"),
 ]
@@ -77,7 +77,7 @@ def quoted(name: str) -> str:
 
 def names_for(place: str) -> Iterable[tuple[str, str]]:
     """All of them at the places that are used most; a check of all names everywhere takes a minute."""
-    return (NAMES if place in ("study={}", "output_dir={}", "resume={}", "+{}=1") else FEW).items()
+    return (NAMES if place in ("sweep.name={}", "output_dir={}", "resume={}", "+{}=1") else FEW).items()
 
 
 def asked(place: str, name: str) -> Said:
@@ -170,8 +170,8 @@ def test_what_hydra_shows(flag: str, here: Path) -> None:
     folder.mkdir()
     for words in (
         ["--config-dir", str(folder)],
-        ["study='a\x1b[31m'"],
-        ["study='a\u202eb'"],
+        ["sweep.name='a\x1b[31m'"],
+        ["sweep.name='a\u202eb'"],
         ["hydra.job.name='\x9b'"],
     ):
         said = moe_lab("train", *flag.split(), *words)
@@ -206,7 +206,7 @@ def test_a_run_directory_whose_records_steer_a_terminal(here: Path) -> None:
         for value in values:
             value |= {key: evil for key, old in value.items() if isinstance(old, str)} | {evil: evil}
         path.write_text("".join(json.dumps(value) + "\n" for value in values))
-    Path("run/overrides.txt").write_text(f"study={evil}\n")
+    Path("run/overrides.txt").write_text(f"sweep.name={evil}\n")
     renamed = Path("run").rename(f"run{evil}")
     for words in (["verify"], ["diff", "--all", str(renamed)], ["export", "--out", "-"], ["export"]):
         said = moe_lab(*words[:1], str(renamed), *words[1:])

@@ -69,7 +69,7 @@ TARGETS = [
     *("+{}._target_=os.system", "+router.{}._target_=os.system", "+a={{b:[{{_target_:os.system,_args_:[{}]}}]}}"),
     *("+hydra.{}._target_=os.system", "hydra.launcher._target_=os.{}", "-m hydra.sweeper._target_=os.{}"),
     *("+hydra.callbacks.{}._target_=os.system", "hydra.job_logging.handlers.file.class=os.{}", "+{}.a.b._target_=x"),
-    *("+hydra.job.env_set.{}=x", "+balance.switch._target_=os.{}", "+wandb._target_=os.{}", "study=${{{}:x}}"),
+    *("+hydra.job.env_set.{}=x", "+balance.switch._target_=os.{}", "+wandb._target_=os.{}", "sweep.name=${{{}:x}}"),
 ]
 
 

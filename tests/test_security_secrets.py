@@ -124,14 +124,23 @@ OWN = {
 }
 REFUSED = [
     *("+api_key=hunter2hunter2", "+wandb.api_key=hunter2hunter2", "+a={b:{password:hunter2hunter2}}"),
-    *(f"wandb.tags=[{KEY}]", f"wandb.run_name={KEY}", f"study={HF}", f"+note={HF}", f"seed={PIN}", f"+{HF}=1"),
+    *(f"wandb.tags=[{KEY}]", f"wandb.run_name={KEY}", f"sweep.name={HF}", f"+note={HF}", f"seed={PIN}", f"+{HF}=1"),
     *("wandb.entity=sk-ant-hunter2hunter2hunter2", "wandb.project=AKIAHUNTER2HUNTER234"),
     "dataset=text dataset.paths=[https://u:hunter2hunter2@host/x.txt]",
     *("dataset=hub dataset.repo=https://u:hunter2hunter2@host/x", "dataset=hub dataset.repo=a/b?token=hunter2hunter2"),
-    *("study=${oc.env:HF_TOKEN}", "study=${oc.env:WANDB_API_KEY}", "study=${oc.env:HTTPS_PROXY}"),
-    *("study=${oc.env:DATABASE_URL}", "wandb.group=x${oc.env:PGPASSWORD}y", "study=${oc.env:HF_TOKEN} study=x"),
+    *("sweep.name=${oc.env:HF_TOKEN}", "sweep.name=${oc.env:WANDB_API_KEY}", "sweep.name=${oc.env:HTTPS_PROXY}"),
+    *(
+        "sweep.name=${oc.env:DATABASE_URL}",
+        "wandb.group=x${oc.env:PGPASSWORD}y",
+        "sweep.name=${oc.env:HF_TOKEN} sweep.name=x",
+    ),
     *(f"hydra.job.name={HF}", f"hydra.run.dir=outputs/{HF}", f"hydra.runtime.cwd={HF}", f"hydra.job.config_name={HF}"),
-    *(f"-m study={HF},x", f"-m hydra.sweep.dir={HF}", f"study={HF} study=x", "+api_key=hunter2hunter2 ~api_key"),
+    *(
+        f"-m sweep.name={HF},x",
+        f"-m hydra.sweep.dir={HF}",
+        f"sweep.name={HF} sweep.name=x",
+        "+api_key=hunter2hunter2 ~api_key",
+    ),
     *(f"--config-dir own router={name.removesuffix('.yaml')}" for name in OWN),
     *(f"resume={HF}", f"--config-dir {HF}", f"--config-name {HF}", f"--{HF}", HF, f"router={HF}"),
 ]

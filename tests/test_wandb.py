@@ -380,8 +380,8 @@ def test_a_second_ctrl_c_does_not_wait_for_a_stuck_service(tmp_path: Path) -> No
 
 
 def test_a_dead_service_is_not_the_next_runs(alone: bytes, tmp_path: Path) -> None:
-    """Two runs of one process; the service of the first is killed."""
-    run = Real(tmp_path, "-m", "seed=0,1", harm="kill")
+    """Two runs of one process, as Hydra's own launcher makes them; the service of the first is killed."""
+    run = Real(tmp_path, "-m", "hydra/launcher=basic", "seed=0,1", harm="kill")
     assert run.code == 0 and "ConnectionResetError" in run.warning()
     first, second = sorted((p.parent for p in run.folder.glob("*/metrics.jsonl")), key=lambda p: p.stat().st_mtime)
     assert (first / "metrics.jsonl").read_bytes() == alone

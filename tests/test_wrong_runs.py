@@ -170,7 +170,7 @@ def test_a_config_folder_may_be_a_whole_project(here: Path) -> None:
 
 MANY = "; at most 65,536 and 500): a config of your own takes more (--config-dir)"
 COMMANDS = {
-    "a long value": (["study=" + "x" * 1_000_000], f"is too long (1,000,006 characters, words: 1{MANY}"),
+    "a long value": (["sweep.name=" + "x" * 1_000_000], f"is too long (1,000,011 characters, words: 1{MANY}"),
     "a long key": (["x" * 1_000_000 + "=1"], MANY),
     "a long list": ([f"dataset.paths=[{'x,' * 200_000}]"], MANY),
     "many overrides": ([f"x{i}=1" for i in range(5000)], f"(33,890 characters, words: 5,000{MANY}"),

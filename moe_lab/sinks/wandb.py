@@ -93,7 +93,7 @@ class Wandb(Mirror):
         return {
             "project": self.project,
             "entity": self.entity,
-            "group": self.group or (cfg.get("study") if run_dir.parent.parent.name == "sweeps" else None),
+            "group": self.group or (cfg["sweep"]["name"] if (run_dir.parent / "sweep.json").exists() else None),
             "name": self.run_name or run_dir.name,
             "job_type": "train",
             "tags": run_tags(facts, cfg, self.tags),

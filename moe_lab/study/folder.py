@@ -4,6 +4,7 @@ A job is a command line, `moe-lab train OVERRIDES hydra.run.dir=FOLDER/DIR`. job
 it starts: of which arm it is, and under which claims and sources it ran.
 """
 
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ class Sweep:
     def claims(self) -> str | None:
         """Their hash as they stand in sweep.json."""
         return claims_sha256(self.study) if self.study else None
+
+
+def command_line(verb: str, words: list[str]) -> str:
+    """What was typed, to be typed again."""
+    return shlex.join(["moe-lab", verb, *map(redact, words)])
 
 
 def labelled(jobs: list[Job]) -> list[Job]:

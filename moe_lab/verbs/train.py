@@ -30,20 +30,14 @@ def main(argv: list[str]) -> int:
         return complain([f"the command line is too long ({size}): a config of your own takes more (--config-dir)"])
     from hydra._internal.utils import get_args_parser
 
-    from moe_lab import reading
-
     parser: argparse.ArgumentParser = get_args_parser()
     parser.prog, parser.error = "moe-lab train", _usage
     args = parser.parse_intermixed_args(argv)  # flags may stand between overrides
     if args.experimental_rerun or args.config_path:
         return complain(["--experimental-rerun and --config-path are not offered; see resume= and --config-dir"])
-    own = Path(args.config_dir) if args.config_dir else presets.own_dir()
-    if own is not None and (problems := places.named("--config-dir or MOE_LAB_CONFIG_DIR", str(own))):
+    own, problems = own_configs(args.config_dir)
+    if problems:
         return complain(problems)
-    if own is not None and not own.is_dir():
-        return complain([f"{own}: no such config directory (--config-dir or MOE_LAB_CONFIG_DIR)"])
-    if own is not None and (unfit := presets.clashes(own) or reading.too_much(presets.choosable(own))):
-        return complain(unfit)
     if "resume=" in args.overrides:  # an unset shell variable, say
         return complain(["resume=: is empty; name a run directory, or leave it out to start a new run"])
     resumed = [o for o in args.overrides if o.startswith("resume=") and o != "resume=null"]
@@ -54,6 +48,20 @@ def main(argv: list[str]) -> int:
 
         return resume.main(resumed[-1].partition("=")[2], [o for o in args.overrides if o not in resumed])
     return _through_hydra(args, argv, own)
+
+
+def own_configs(named: str | None) -> tuple[Path | None, list[str]]:
+    """The folder of the user's own configs, and what is wrong with it."""
+    from moe_lab import reading
+
+    own = Path(named) if named else presets.own_dir()
+    if own is None:
+        return None, []
+    if problems := places.named("--config-dir or MOE_LAB_CONFIG_DIR", str(own)):
+        return None, problems
+    if not own.is_dir():
+        return None, [f"{own}: no such config directory (--config-dir or MOE_LAB_CONFIG_DIR)"]
+    return own, presets.clashes(own) or reading.too_much(presets.choosable(own))
 
 
 def _usage(message: str) -> NoReturn:
@@ -73,7 +81,7 @@ def _through_hydra(args: argparse.Namespace, argv: list[str], own: Path | None) 
                 hydra_app.compose_one(app, config_name, args.overrides)
             else:
                 plan = hydra_app.plan(app, config_name, args.overrides, args.multirun)
-                return _start(app, config_name, plan)
+                return _sweep(app, args, argv, plan) if plan.multirun else _start(app, config_name, plan)
     except hydra_app.Refused as refused:
         return complain(refused.lines)
     quiet_pipe()
@@ -83,27 +91,30 @@ def _through_hydra(args: argparse.Namespace, argv: list[str], own: Path | None) 
 
 
 def _start(app: Any, config_name: str, plan: Any) -> int:
-    """Let Hydra run the job or the sweep; the exit code."""
+    """Let Hydra run the job; the exit code."""
     try:
-        if not plan.multirun:
-            app.run(config_name, job, plan.overrides)
-            return 0
-        batches = app.multirun(config_name, job, plan.overrides)
+        app.run(config_name, job, plan.overrides)
     except OSError as error:  # Hydra could not make the directory
-        return complain([f"{in_words(error)}; output_dir= names another place for runs"], 5)
-    return _told([ret for batch in batches for ret in batch])
+        return no_place(error)
+    return 0
 
 
-def _told(returns: list[Any]) -> int:
-    """Tell which runs of a sweep failed, by the overrides that set them apart; the exit code."""
-    common = set.intersection(*(set(ret.overrides) for ret in returns)) if len(returns) > 1 else set()
-    failed = [ret for ret in returns if ret.return_value.get("exit")]
-    for ret in failed:
-        apart = " ".join(o for o in ret.overrides if o not in common)
-        complain([f"failed: {apart}: {ret.return_value['message']}"])
-    if failed:
-        complain([f"{len(failed)} of {len(returns)} runs failed"])
-    return 1 if failed else 0
+def no_place(error: OSError) -> int:
+    return complain([f"{in_words(error)}; output_dir= names another place for runs"], 5)
+
+
+def _sweep(app: Any, args: argparse.Namespace, argv: list[str], plan: Any) -> int:
+    """An ad-hoc grid: every job a process, or one of a launcher of Hydra's; the exit code."""
+    from moe_lab import hydra_jobs
+    from moe_lab.study.folder import Job, Sweep, command_line
+    from moe_lab.verbs.sweep import run
+
+    asked = hydra_jobs.ask(app, args.config_name or "train", plan.overrides)
+    checked = list({job.dir: job for job in hydra_jobs.check(asked, hydra_jobs.grid(asked))}.values())
+    jobs = [Job("", job.cfg["seed"], job.words, job.dir) for job in checked]
+    sweep = Sweep(asked.folder, asked.sweep["name"], None, None, jobs, command_line("train", argv))
+    flags = [f"--config-name={args.config_name}"] if args.config_name else []
+    return run(sweep, asked, checked, [*flags, *([f"--config-dir={args.config_dir}"] if args.config_dir else [])])
 
 
 def job(cfg: Any) -> dict[str, Any]:

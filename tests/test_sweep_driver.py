@@ -96,9 +96,12 @@ def test_the_same_command_runs_again_what_failed_and_nothing_else(harmed: tuple[
     assert code == 0, err
     assert sorted(map(int, ran(here)[len(before) :])) == sorted(HARM)
     assert f"{JOBS - len(HARM)} of {JOBS} jobs were completed before" in out
+    done, began = ran(here), resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert sweep(here, f"seed=range({JOBS})") == (0, f"{JOBS} of {JOBS} jobs were completed before\n", "")
+    assert ran(here) == done and resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began.ru_utime < 5
 
 
-@pytest.mark.parametrize("after", [0.4, 0.9] if not LARGE else [i / 5 for i in range(1, 21)])
+@pytest.mark.parametrize("after", [0.6] if not LARGE else [i / 5 for i in range(1, 21)])
 def test_a_killed_driver_loses_and_repeats_nothing(after: float, tmp_path: Path) -> None:
     driver = Sweeper(tmp_path, "train", "-m", f"seed=range({JOBS})", "sweep.jobs=3", SECONDS="0.3")
     wait_for(lambda: ran(tmp_path))
@@ -145,12 +148,13 @@ def test_ctrl_c_stops_resumably_and_twice_at_once(tmp_path: Path) -> None:
 
 
 def test_a_second_sweeper_is_told(tmp_path: Path) -> None:
-    first = Sweeper(tmp_path, "train", "-m", "seed=range(2)", "sweep.jobs=2", SECONDS="3")
+    first = Sweeper(tmp_path, "train", "-m", "seed=range(2)", "sweep.jobs=2", SECONDS="60")
     wait_for(lambda: "running" in states(tmp_path))
     code, out, err = sweep(tmp_path, "seed=range(2)")
     assert (code, out) == (4, "")
     assert err == f"moe-lab: {SWEEP}: another sweep is running here; moe-lab watch {SWEEP} shows it\n"
-    assert first.end()[0] == 0 and sorted(ran(tmp_path)) == ["0", "1"]
+    first.process.send_signal(signal.SIGTERM)
+    assert first.end()[0] == 75
 
 
 def test_a_driver_keeps_nothing_of_its_jobs(tmp_path: Path) -> None:
@@ -161,15 +165,6 @@ def test_a_driver_keeps_nothing_of_its_jobs(tmp_path: Path) -> None:
     early, late = found[4], found[-1]
     assert late["files"] <= early["files"] + 1 and late["zombies"] <= 1
     assert late["kib"] - early["kib"] < 50_000
-
-
-def test_a_finished_sweep_is_finished_at_once(tmp_path: Path) -> None:
-    assert sweep(tmp_path, f"seed=range({JOBS})", "sweep.jobs=4", SECONDS="0")[0] == 0
-    began = resource.getrusage(resource.RUSAGE_CHILDREN)
-    code, out, _ = sweep(tmp_path, f"seed=range({JOBS})", SECONDS="0")
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert (code, out) == (0, f"{JOBS} of {JOBS} jobs were completed before\n")
-    assert len(ran(tmp_path)) == JOBS and ended.ru_utime - began.ru_utime < 5
 
 
 def test_other_sources_are_said_and_fresh_runs_them_again(tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ def test_help_names_the_studies(here: Path) -> None:
     (here / "sweeps/mine.yaml").write_text(TINY.read_text())
     said = moe_lab("sweep", "--help")
     assert "mine                 Is two experts' load even?" in said.out
+    assert "Is two experts' load even?" in moe_lab("list", "sweeps").out
     assert moe_lab("sweep", "mien").err.strip().endswith("mien: no such study; did you mean mine?")
 
 

@@ -46,7 +46,8 @@ class Screen:
         self.todo.discard(job.dir)
         if state not in ("completed", "preempted"):
             self.failed += 1
-            complain([f"{state}: {name(job)}: {why}; its log is {self.log_of(job)}"])
+            cause = (why or "").removeprefix(f"{state}: ")
+            complain([f"{state}: {name(job)}: {cause}; its log is {self.log_of(job)}"])
         elif self.live is None:
             self._line(job, state, seconds)
 

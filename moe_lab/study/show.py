@@ -118,7 +118,8 @@ def screen(sweep: Sweep, seen: list[Seen], eta: float | None = None, every: bool
     done = sum(one.share if one.state == "running" else one.state == "completed" for one in seen)
     left = f", about {span(eta)} left" if eta is not None else ""
     head = Text(printable(f"{sweep.name}: {counts(seen)}{left}"), style="bold")
-    bar = ProgressBar(total=max(1, len(seen)), completed=done, width=60)
+    bar = Table.grid()  # a bar alone ends without a new line
+    bar.add_row(ProgressBar(total=max(1, len(seen)), completed=done, width=60))
     return Group(head, bar, _table(seen, every))
 
 

@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from hydra.types import RunMode
 
-from moe_lab import hydra_app, presets
+from moe_lab import assemble, hydra_app, hydra_jobs, presets
+from moe_lab.hydra_jobs import Asked
 from moe_lab.observe.document import METRICS
+from moe_lab.study import costs, grid
 from moe_lab.study.files import Claim, Study, key_of, read_study
 
 STUDIES = sorted(presets.sweeps_dir().glob("*.yaml"))
@@ -28,10 +31,17 @@ CLAIMS = [(path.stem, claim) for path in STUDIES for claim in study(path)[0].cla
 
 
 @pytest.fixture(scope="module")
-def composed() -> Iterator[hydra_app.Composed]:
+def asked() -> Iterator[Asked]:
     with hydra_app.open_hydra(None) as app:
-        master = hydra_app.compose(app, "train", [], RunMode.MULTIRUN)
-        yield hydra_app.Composed(app, "train", master)
+        yield hydra_jobs.ask(app, "train", ["hydra.mode=MULTIRUN"])
+
+
+def jobs(asked: Asked, path: Path, scale: str, *words: str) -> dict[str, dict[str, Any]]:
+    """By arm, the checked config of its first seed, as `moe-lab sweep` makes it."""
+    of, params = study(path)
+    points = grid.points(asked, of, scale, params, ["seed=0", *words])
+    checked = hydra_jobs.check(asked, [point.words for point in points], [point.name for point in points])
+    return {point.arm: job.cfg for point, job in zip(points, checked, strict=True)}
 
 
 def job(of: Study, scale: str, arm: str) -> dict[str, str]:
@@ -51,22 +61,21 @@ def test_all_are_there_and_told():
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_arm_would_run(path: Path, composed: hydra_app.Composed):
+def test_every_arm_would_run_at_the_cost_of_the_others(path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch):
     of, _ = study(path)
-    first = next(iter(of.arms))  # of the other scales, which change sizes and data alone
-    asked = [*(("cpu", arm) for arm in of.arms), ("quick", first), ("gpu", first)]
-    problems = {
-        (scale, arm): found
-        for scale, arm in asked
-        if (found := composed.problems([o for o in job(of, scale, arm).values() if key_of(o) != "seed"]))
-    }
-    assert problems == {}
+    arms = jobs(asked, path, "cpu")
+    assert list(arms) == list(of.arms)
+    for scale in ("quick", "gpu"):  # they change sizes and data alone
+        jobs(asked, path, scale, f"arm={next(iter(arms))}")
+    monkeypatch.setattr(assemble, "prepare", lambda cfg: SimpleNamespace(vocab_size=256))
+    found = {arm: costs.of_config(cfg) for arm, cfg in arms.items()}
+    assert list(costs.mismatches(found, of.unequal)) == []
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_sizes_are_those_that_were_promised(path: Path):
-    of, grid = study(path)
-    assert set(of.scales) == {"quick", "cpu", "gpu"} and grid == {"arm": "*", "seed": "range(5)"}
+    of, params = study(path)
+    assert set(of.scales) == {"quick", "cpu", "gpu"} and params == {"arm": "*", "seed": "range(5)"}
     assert path.read_text(encoding="utf-8").startswith("# ")
     for arm in of.arms:
         assert value(job(of, "cpu", arm), "eval_tokens") >= 100_000

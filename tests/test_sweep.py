@@ -77,6 +77,8 @@ REFUSED = {
     "explosive": (["seed=range(0,3000000)", "optim.lr=range(0,3000000)"], "this sweep has 18,000,000,000,000 jobs"),
     "one bad job": (["router.capacity=1"], "router.capacity: not a key of what is chosen here"),
     "a bad value": (["seed=range(3)", "steps=2,0"], "steps=0: must be at least 1"),
+    "no job at a time": (["--jobs", "0"], "--jobs 0: must be above 0"),
+    "no time": (["--timeout", "nan"], "--timeout nan: must be above 0"),
     "two names": (["sweep.name=a,b"], "sweep.name=a,b: a sweep has one of it"),
     "a bad name": (["sweep.name=../x"], "sweep.name=../x: must match"),
     "a target": (["hydra.launcher._target_=os.system"], "not allowed"),

@@ -30,6 +30,9 @@ def main(argv: list[str]) -> int:
         quiet_pipe()
         parser.epilog = f"{WORDS}\n\nstudies:\n{_studies()}"
     args = parser.parse_intermixed_args(argv)
+    for flag, value in (("--jobs", args.jobs), ("--timeout", args.timeout)):
+        if value is not None and not 0 < value < float("inf"):
+            return complain([f"{flag} {value}: must be above 0"])
     return _study(args, argv)
 
 

@@ -163,9 +163,8 @@ class Run:
         durable.write_json(self.folder / "summary.json", finite(summary))
 
     def _status(self, status: str, error: str | None = None) -> None:
-        state: dict[str, Any] = {"status": status, "step": self.step, "error": error, "attempt": self.attempt}
-        state |= {"pid": os.getpid(), "host": platform.node()}
-        durable.write_json(self.folder / "status.json", state)
+        state = {"status": status, "step": self.step, "error": error, "attempt": self.attempt}
+        durable.write_json(self.folder / "status.json", state | {"pid": os.getpid(), "host": platform.node()})
 
     def _on_signal(self, number: int, frame: object) -> None:
         """Once training has begun only a flag: the update is finished first. Before, there is nothing to save."""

@@ -12,8 +12,9 @@ from moe_lab.recorded import read
 
 ABOUT = """One row per log row and one column per number: scalars keep their name (loss, moe/load_cv/worst), arrays get
 a column per layer, moe/load_cv[0], and per layer and expert, moe/selected[0][3]. --long gives one row per number
-instead, with the columns step, metric, layer, expert and value, ready for a groupby (arrays of numbers only). A run
-whose router sees later tokens has a column that says so, leaks: its losses compare with no causal model's."""
+instead, with the columns step, metric, layer, expert, other (the second expert or the domain of a matrix) and value,
+ready for a groupby (arrays of numbers only). A run whose router sees later tokens has a column that says so, leaks:
+its losses compare with no causal model's."""
 
 
 def main(argv: list[str]) -> int:
@@ -58,13 +59,14 @@ def wide(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def long(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """step, metric, layer, expert, value: one row per number; text (verdicts) is left out."""
+    """step, metric, layer, expert, other, value: one row per number; text (verdicts) is left out."""
     for row in rows:
         for name, value in row.items():
             for at, v in _elements(value):
                 if name != "step" and not isinstance(v, str):
-                    layer, expert = (*at, None, None)[:2]
-                    yield {"step": row["step"], "metric": name, "layer": layer, "expert": expert, "value": v}
+                    layer, expert, other = (*at, None, None, None)[:3]
+                    where = {"layer": layer, "expert": expert, "other": other}
+                    yield {"step": row["step"], "metric": name, **where, "value": v}
 
 
 def _elements(value: Any, at: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:

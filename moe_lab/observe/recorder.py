@@ -43,8 +43,8 @@ class Recorder:
     def row(self, evaluation: bool = False, held: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """The window's "moe/..." values, and the start of the next window.
 
-        An evaluation leaves out what only makes sense from one training update to the next, and adds the matrices. held:
-        what balancers hold, [L] by metric.
+        An evaluation leaves out what only makes sense from one training update to the next, and adds the matrices.
+        held: what balancers hold, [L] by metric.
         """
         if self.window is None:
             return {}

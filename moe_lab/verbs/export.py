@@ -1,14 +1,14 @@
 """`moe-lab export RUN`: metrics.jsonl as one table for pandas, polars, R or a spreadsheet."""
 
-import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from moe_lab.cli import arguments, complain, printable, quiet_pipe
 from moe_lab.reading import Damaged
 from moe_lab.recorded import read
+from moe_lab.spreadsheet import columns, write_csv
 
 ABOUT = """One row per log row and one column per number: scalars keep their name (loss, moe/load_cv/worst), arrays get
 a column per layer, moe/load_cv[0], and per layer and expert, moe/selected[0][3]. --long gives one row per number
@@ -75,26 +75,6 @@ def _elements(value: Any, at: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int,
             yield from _elements(inner, (*at, i))
     else:
         yield at, value
-
-
-def columns(table: list[dict[str, Any]]) -> list[str]:
-    """Every column that occurs, in the order of first appearance."""
-    return list(dict.fromkeys(name for row in table for name in row))
-
-
-def write_csv(table: list[dict[str, Any]], file: IO[str]) -> None:
-    """Undefined numbers are empty cells. Text that a spreadsheet would take for a formula gets a leading quote."""
-    names = columns(table)
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([_harmless(name) for name in names])
-    writer.writerows([_harmless(row.get(name)) for name in names] for row in table)
-
-
-def _harmless(cell: Any) -> Any:
-    """Text that no spreadsheet takes for a formula and no terminal for a command."""
-    if not isinstance(cell, str):
-        return cell
-    return f"'{printable(cell)}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else printable(cell)
 
 
 def _write(table: list[dict[str, Any]], out: Path, form: str) -> None:

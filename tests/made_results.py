@@ -50,6 +50,7 @@ def _row(step: int, steps: list[int], layers: int, domains: int, bias_E: np.ndar
         "moe/token_entropy/mean": 1 - part / 2,
         "moe/dead_experts/worst": 0,
     }
+    row["moe/load_cv_of_ceiling"] = cv
     row["moe/verdict"] = ["healthy" if c < 0.33 else "collapsed" for c in cv]
     if step in steps[len(steps) // 2 :: 3] or step == steps[-1]:
         row |= _evaluation(loss, counts_LE, max(cv), domains, rng)

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from command import moe_lab, tree
 from made_results import made_run, write_run
+from page import Page
+
+from moe_lab.study.files import Claim, Reduce, Study
+from moe_lab.study.folder import Job, Sweep, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +40,32 @@ def test_runs_are_one_study_and_several_need_a_place(runs: Path, tmp_path: Path)
     assert (said.code, said.err) == (2, "moe-lab: a report of several needs a place: --out DIR\n")
     assert moe_lab("report", *both, "--out", str(tmp_path / "here")).code == 0
     assert (tmp_path / "here" / "summary.csv").read_text().count("\n2 runs,") == 2
+
+
+def sweep(folder: Path, metric: str) -> None:
+    """A study of two arms and two seeds, with one claim."""
+    claim = Claim(says="b is skewed", source="ours", metric=metric, reduce=Reduce(layers="max"), arm="b", at_least=0.1)
+    study = Study(question="?", source="ours", arms={"a": [], "b": []}, scales={"cpu": []}, claims=[claim])
+    jobs = [Job(arm, seed, [f"seed={seed}"], f"{arm}{seed}") for arm in "ab" for seed in range(2)]
+    for job in jobs:
+        write_run(folder / job.dir, made_run("ab".index(job.arm), job.seed, rows=6))
+    write(Sweep(folder, "mine", "cpu", study, jobs, "moe-lab sweep mine"))
+
+
+def test_a_studys_claims_are_judged(tmp_path: Path) -> None:
+    sweep(tmp_path, "moe/load_cv_of_ceiling")
+    said = moe_lab("report", str(tmp_path))
+    assert said.code == 0 and "4 runs, 1 claims" in said.out, said
+    text = Page((tmp_path / "report" / "report.html").read_text()).text
+    assert "Verdicts 1 supported" in text and "of b: 0.6" in text and "claimed at least 0.1" in text
+    assert "moe-lab sweep mine" in text
+
+
+def test_claims_that_cannot_be_judged_are_told_and_the_rest_is_shown(tmp_path: Path) -> None:
+    sweep(tmp_path, "moe/load_vc")
+    assert moe_lab("report", str(tmp_path)).code == 0
+    text = Page((tmp_path / "report" / "report.html").read_text()).text
+    assert "its claims cannot be judged: moe/load_vc: no such metric" in text and "Load of every expert" in text
 
 
 def test_several_studies_are_sections_of_one_page(runs: Path, tmp_path: Path) -> None:

@@ -6,7 +6,19 @@ import sys
 
 from benchmarks.harness import surroundings
 
-EACH = ("layer", "methods", "memory", "step", "diagnostics", "startup", "sharing", "graph", "mirror", "reinforce")
+EACH = (
+    "layer",
+    "methods",
+    "memory",
+    "step",
+    "diagnostics",
+    "startup",
+    "sharing",
+    "graph",
+    "mirror",
+    "reinforce",
+    "report",
+)
 
 
 def main(names: list[str]) -> int:

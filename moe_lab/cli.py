@@ -20,6 +20,7 @@ VERBS = {
     "verify": "check that a run is whole, without touching it: moe-lab verify RUN",
     "sync": "upload runs to W&B, those from before or without it too: moe-lab sync DIR",
     "dashboard": "save the W&B workspace for router collapse: moe-lab dashboard ENTITY/PROJECT",
+    "report": "a page of what runs and studies came to: moe-lab report DIR...",
     "losses": "what balance losses are worth, here and in other frameworks",
     "info": "versions, devices and paths, to paste into a bug report",
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moe_lab.observe import evidence, load, thresholds
-from moe_lab.observe.document import PAGES, TOPICS, metrics, reasons
+from moe_lab.observe.document import PAGES, SHAPES, TOPICS, metrics, reasons
 from moe_lab.observe.metric import METRICS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -22,7 +22,7 @@ def test_every_metric_is_described_once_and_in_full():
     for metric in METRICS.values():
         assert page.count(f"**`{metric.name}`**") == 1
         assert all((metric.formula, metric.low, metric.high, metric.balanced, metric.collapsed, metric.floor))
-        assert metric.reads.endswith(".") and metric.shape in ("L", "LE")
+        assert metric.reads.endswith(".") and metric.shape in SHAPES
     assert {m.topic for m in METRICS.values()} == {module.TOPIC for module in TOPICS}
 
 

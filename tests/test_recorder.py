@@ -76,6 +76,8 @@ def test_a_row_is_plain_complete_and_named():
     evaluation = Probe(moes())
     evaluation.see(view(choices(64)))
     row |= evaluation.row()
+    r.see(view(choices(64)))
+    row |= r.row(evaluation=True)
     assert json.loads(json.dumps(row, allow_nan=False)) == row
     for name, metric in METRICS.items():
         if metric.when == "liveness":
@@ -84,6 +86,9 @@ def test_a_row_is_plain_complete_and_named():
         assert len(values) == L
         if metric.shape == "LE":
             assert [len(v) for v in values] == [E, E]
+        elif metric.shape != "L":
+            last = {"LEE": E, "LEC": DOMAINS}[metric.shape]
+            assert [[len(v) for v in of_expert] for of_expert in values] == [[last] * E] * L
         else:
             assert (f"moe/{name}/worst" in row) == (metric.worst is not None) and f"moe/{name}/mean" in row
     assert {key.split("/")[1] for key in row} == {m.name for m in METRICS.values() if m.when != "liveness"}
@@ -291,7 +296,39 @@ def test_an_evaluation_has_no_movement():
     r = recorder()
     r.see(view(choices(64)))
     row = r.row(evaluation=True)
-    assert not [key for key in row if METRICS[key.split("/")[1]].when != "row"]
+    assert not [key for key in row if METRICS[key.split("/")[1]].when not in ("row", "evaluation")]
+
+
+def test_the_matrices_of_an_evaluation():
+    """Who serves which domain sums to the load; the cosines are those of the rows, and their mean is router_cos."""
+    layers, v = moes(), view(choices(64))
+    r = Recorder(layers, VOCABULARY, DOMAINS, S, "cpu")
+    r.see(v)
+    row = r.row(evaluation=True)
+    chosen_T = v.routings[0].plan.selected_TK[:, 0]
+    by_hand = [[int(((chosen_T == e) & (v.domain_T == c)).sum()) for c in range(DOMAINS)] for e in range(E)]
+    assert row["moe/domain_counts"] == [by_hand] * L
+    for layer, moe in enumerate(layers):
+        rows_ED = moe.router.directions_ED()
+        assert rows_ED is not None
+        cosines = row["moe/router_cos_matrix"][layer]
+        one, other = rows_ED[1].tolist(), rows_ED[3].tolist()
+        by_hand = sum(a * b for a, b in zip(one, other, strict=True)) / math.hypot(*one) / math.hypot(*other)
+        assert cosines[1][3] == cosines[3][1] == pytest.approx(by_hand, abs=1e-4) and cosines[2][2] == 1
+        pairs = [cosines[e][g] for e in range(E) for g in range(e)]
+        assert row["moe/router_cos"][layer] == pytest.approx(sum(pairs) / len(pairs), abs=1e-4)
+
+
+@pytest.mark.parametrize("most, there", [(E - 1, False), (E, True)])
+def test_a_row_stays_small_with_many_experts(monkeypatch: pytest.MonkeyPatch, most: int, there: bool):
+    monkeypatch.setattr("moe_lab.observe.recorder.MOST_EXPERTS", most)
+    r = recorder()
+    r.see(view(choices(64)))
+    row = r.row(evaluation=True)
+    assert {name: f"moe/{name}" in row for name in ("router_cos_matrix", "domain_counts")} == {
+        "router_cos_matrix": there,
+        "domain_counts": there,
+    }
 
 
 def test_coupling_is_that_of_the_weights_as_they_stand():

@@ -192,8 +192,12 @@ def test_export_keeps_every_number(finished: Path, tmp_path: Path) -> None:
     assert float(table[-1]["moe/selected[1][3]"]) == rows[-1]["moe/selected"][1][3]
     out = tmp_path / "long.csv"
     assert command("export", str(finished), "--long", "--out", str(out)).code == 0
-    tidy = [row for row in csv.DictReader(out.open()) if row["metric"] == "moe/selected" and row["layer"] == "1"]
-    assert [float(row["value"]) for row in tidy][-4:] == rows[-1]["moe/selected"][1]
+    tidy = [row for row in csv.DictReader(out.open()) if row["layer"] == "1"]
+    loads = [row for row in tidy if row["metric"] == "moe/selected"]
+    assert [float(row["value"]) for row in loads][-4:] == rows[-1]["moe/selected"][1]
+    cosine = [row for row in tidy if row["metric"] == "eval/moe/router_cos_matrix"][-3]  # of the last row of [4][4]
+    assert (cosine["expert"], cosine["other"]) == ("3", "1")
+    assert float(cosine["value"]) == rows[-1]["eval/moe/router_cos_matrix"][1][3][1]
 
 
 def test_parquet_reads_back(finished: Path, tmp_path: Path) -> None:

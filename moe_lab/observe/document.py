@@ -23,14 +23,20 @@ WHEN = {
     "liveness": "first row and rows with an evaluation",
     "balancer": "training, with that balancer",
 }
+SHAPES = {
+    "L": "per layer",
+    "LE": "per layer and expert",
+    "LEE": "per layer and pair of experts",
+    "LEC": "per layer, expert and domain",
+}
 TOPICS = (load, confidence, specialisation, geometry, dynamics)
 
 METRICS_INTRO = """\
 # Metrics
 
 Per MoE layer, in `metrics.jsonl` as `moe/<name>` (training, over the updates since the last row) and
-`eval/moe/<name>` (validation, noise off). A list has one entry per layer, per-expert arrays one list per layer; `null`
-is undefined. `moe/<name>/mean` is the mean over layers, `moe/<name>/worst` the layer that is worst in the direction
+`eval/moe/<name>` (validation, noise off). A list has one entry per layer, per-expert arrays one list per layer, and
+matrices one list per layer and expert; `null` is undefined. `moe/<name>/mean` is the mean over layers, `moe/<name>/worst` the layer that is worst in the direction
 that is bad. All ratios are taken once, from sums over the window.
 
 T tokens, E experts, k chosen per token, D width, F input-side neurons, N = T k choices; c_e tokens that chose expert
@@ -111,8 +117,7 @@ def metrics() -> str:
 
 
 def describe(m: Metric) -> str:
-    shape = "per layer" if m.shape == "L" else "per layer and expert"
-    facts = [f"{shape}, {WHEN[m.when]}", f"range {m.low} to {m.high}"]
+    facts = [f"{SHAPES[m.shape]}, {WHEN[m.when]}", f"range {m.low} to {m.high}"]
     facts += [f"balanced: {m.balanced}", f"collapsed: {m.collapsed}", f"floor: {m.floor}"]
     facts += [f"worst: the {m.worst}"] if m.worst else []
     facts += [f"source: {m.source}"] if m.source else []

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from moe_lab.observe.metric import declare
+from moe_lab.observe.metric import MOST_EXPERTS, declare
 
 TOPIC = "Geometry: where router rows point"
 ALIKE = 1e-6  # of the norm of a table of cosines: below it what is left after centring is rounding
@@ -142,11 +142,16 @@ declare(
 )
 
 
+def cosine_matrix(router_ED: Tensor) -> Tensor:
+    """Cosine of every router row with every other, [E, E]; NaN for rows of zeros."""
+    rows_ED = unit(router_ED)
+    return rows_ED @ rows_ED.T
+
+
 def router_cosines(router_ED: Tensor) -> tuple[Tensor, Tensor]:
     """Mean pairwise cosine of the router rows, signed and absolute, 0-dim; NaN for one expert or rows of zeros."""
-    rows_ED = unit(router_ED)
-    pairs_EE = torch.ones(len(rows_ED), len(rows_ED), dtype=torch.bool, device=rows_ED.device).triu(1)
-    cosine_EE = rows_ED @ rows_ED.T
+    cosine_EE = cosine_matrix(router_ED)
+    pairs_EE = torch.ones_like(cosine_EE, dtype=torch.bool).triu(1)
     return mean_of(cosine_EE, pairs_EE), mean_of(cosine_EE.abs(), pairs_EE)
 
 
@@ -173,6 +178,21 @@ declare(
     worst="max",
     source="arXiv 2605.12476",
     reads="As router_cos, blind to sign: opposite rows also lie on one line.",
+)
+
+
+declare(
+    "router_cos_matrix",
+    TOPIC,
+    "cos(r_e, r_g), to four digits",
+    shape="LEE",
+    span=("-1", "1"),
+    balanced="any",
+    collapsed="any",
+    floor="0, give or take 1 / sqrt(D), off the diagonal",
+    source="arXiv 2605.12476",
+    reads=f"Which experts compete for the same tokens; router_cos is its mean. Left out beyond {MOST_EXPERTS} experts.",
+    when="evaluation",
 )
 
 

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 When = Literal["row", "training", "evaluation", "liveness", "balancer"]
+Shape = Literal["L", "LE", "LEE", "LEC"]
 Number = float | int | None
+
+MOST_EXPERTS = 64  # in a matrix of a row: with more, a row would be megabytes and a picture of it unreadable
 
 METRICS: dict[str, "Metric"] = {}
 
@@ -14,7 +17,8 @@ METRICS: dict[str, "Metric"] = {}
 class Metric:
     """A declaration. T tokens, E experts, k chosen per token; entropies in nats before they are normalised.
 
-    shape: "L" one number per MoE layer, "LE" one per layer and expert.
+    shape: "L" one number per MoE layer, "LE" one per layer and expert, "LEE" one per layer and pair of experts, "LEC"
+    one per layer, expert and domain.
     low, high: the range. balanced, collapsed: the value where all experts get the same, and where the same k of them
     get every token. floor: what a router that picks k of E at random, independently of everything, shows on T tokens
     on average; nothing nearer to balance than this is signal. floor_at(T, E, k) computes it where a formula exists.
@@ -23,7 +27,7 @@ class Metric:
 
     name: str
     topic: str
-    shape: Literal["L", "LE"]
+    shape: Shape
     formula: str
     low: str
     high: str
@@ -47,7 +51,7 @@ def declare(
     collapsed: str,
     reads: str,
     floor: str = "-",
-    shape: Literal["L", "LE"] = "L",
+    shape: Shape = "L",
     worst: Literal["max", "min"] | None = None,
     source: str = "",
     floor_at: Callable[[int, int, int], float] | None = None,

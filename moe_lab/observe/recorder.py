@@ -4,7 +4,7 @@ Shapes: L layers, E experts, R rows of history. Everything here runs on the devi
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from moe_lab.model.moe import MoE
 from moe_lab.observe import confidence, dynamics, geometry, load, specialisation
-from moe_lab.observe.metric import METRICS, over_layers
+from moe_lab.observe.metric import METRICS, MOST_EXPERTS, over_layers
 from moe_lab.observe.window import Sizes, View, Window
 
 __all__ = ["Recorder", "View"]
-INTEGERS = {"selected", "kept", "dropped", "top1", "dead_experts"}
+INTEGERS = {"selected", "kept", "dropped", "top1", "dead_experts", "domain_counts"}
 
 
 class Recorder:
@@ -43,8 +43,8 @@ class Recorder:
     def row(self, evaluation: bool = False, held: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """The window's "moe/..." values, and the start of the next window.
 
-        An evaluation leaves out what only makes sense from one training update to the next. held: what balancers hold,
-        [L] by metric.
+        An evaluation leaves out what only makes sense from one training update to the next, and adds the matrices.
+        held: what balancers hold, [L] by metric.
         """
         if self.window is None:
             return {}
@@ -52,7 +52,9 @@ class Recorder:
         found = {**self._load(sums, self.window.tokens, sizes.k), **self._gate(sums, self.window.tokens, sizes.E)}
         found |= self._known(self.window)
         found |= self._geometry()
-        if not evaluation:
+        if evaluation:
+            found |= self._matrices()
+        else:
             found |= self._coupling()
             found |= self._dynamics(self.window)
         found["expert_loss"] = specialisation.expert_loss(sums["loss"], sums["counted"])
@@ -115,6 +117,19 @@ class Recorder:
             layers.append(torch.stack(cosines))
         names = ("router_cos", "router_cos_abs", "centroid_cos", "centroid_cos_raw")
         return dict(zip(names, torch.stack(layers, -1), strict=True))
+
+    def _matrices(self) -> dict[str, Tensor]:
+        """Who serves which domain [L, E, C], and the cosines between router rows [L, E, E]."""
+        assert self.window is not None
+        if self.window.sizes.E > MOST_EXPERTS:
+            return {}
+        layers = []
+        for moe in self.moes:
+            router_ED = moe.router.directions_ED()
+            if router_ED is None:
+                router_ED = torch.full((moe.experts.num, 1), math.nan, device=moe.bias_E.device)
+            layers.append(geometry.cosine_matrix(router_ED))
+        return {"domain_counts": self.window.sums["domain"], "router_cos_matrix": torch.stack(layers).round(decimals=4)}
 
     def _coupling(self) -> dict[str, Tensor]:
         """Each layer's router rows against its experts' input-side rows: a property of the weights as they stand."""
@@ -182,7 +197,7 @@ def layer_coupling(moe: MoE) -> dict[str, Tensor]:
 
 
 def to_host(found: dict[str, Tensor]) -> dict[str, Any]:
-    """Values [L] or [L, E] by metric name -> plain row entries, crossing to the host as one flat tensor.
+    """Values [L], [L, E] or [L, E, n] by metric name -> plain row entries, crossing to the host as one flat tensor.
 
     Undefined values become None. [L] metrics also get their mean and worst layer.
     """
@@ -193,13 +208,19 @@ def to_host(found: dict[str, Tensor]) -> dict[str, Any]:
         values = [plain(v, name in INTEGERS) for v in flat[at : at + t.numel()]]
         at += t.numel()
         metric = METRICS[name]
-        if metric.shape == "LE":
-            E = t.shape[-1]
-            row[f"moe/{name}"] = [values[i : i + E] for i in range(0, len(values), E)]
+        if metric.shape != "L":
+            row[f"moe/{name}"] = nested(values, t.shape[1:])
             continue
         row[f"moe/{name}"] = values
         row |= {f"moe/{name}/{how}": v for how, v in over_layers(metric, values).items()}
     return row
+
+
+def nested(values: list[Any], shape: Sequence[int]) -> list[Any]:
+    """A flat list, cut into lists of that shape."""
+    if len(shape) > 1:
+        values = nested(values, shape[1:])
+    return [values[i : i + shape[0]] for i in range(0, len(values), shape[0])]
 
 
 def plain(value: float, integer: bool) -> float | int | None:

@@ -6,7 +6,7 @@ Shapes: L layers, E experts, C classes of what is known (a domain, a token id, a
 import torch
 from torch import Tensor
 
-from moe_lab.observe.metric import declare
+from moe_lab.observe.metric import MOST_EXPERTS, declare
 
 TOPIC = "Specialisation: what the experts' tokens have in common"
 TOKEN_CLASSES = 1024  # larger vocabularies are folded (id modulo this), which can only lower the information
@@ -110,6 +110,19 @@ declare(
     collapsed="the task loss at the k experts, undefined elsewhere",
     floor="std_t(loss) sqrt(E / (k T)) around the task loss",
     reads="nats per token. Balanced counts with unequal losses: tokens have not tried the others; more sampling.",
+)
+
+
+declare(
+    "domain_counts",
+    TOPIC,
+    "#{choices of expert e by tokens of domain c}",
+    shape="LEC",
+    span=("0", "T"),
+    balanced="any: nmi_domain says how far they are from what two independent margins would give",
+    collapsed="all at k experts, 0 elsewhere",
+    reads=f"Who serves which domain; the domains' names are in env.json. Left out beyond {MOST_EXPERTS} experts.",
+    when="evaluation",
 )
 
 

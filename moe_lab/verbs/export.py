@@ -1,19 +1,20 @@
 """`moe-lab export RUN`: metrics.jsonl as one table for pandas, polars, R or a spreadsheet."""
 
-import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from moe_lab.cli import arguments, complain, printable, quiet_pipe
 from moe_lab.reading import Damaged
 from moe_lab.recorded import read
+from moe_lab.spreadsheet import columns, write_csv
 
 ABOUT = """One row per log row and one column per number: scalars keep their name (loss, moe/load_cv/worst), arrays get
 a column per layer, moe/load_cv[0], and per layer and expert, moe/selected[0][3]. --long gives one row per number
-instead, with the columns step, metric, layer, expert and value, ready for a groupby (arrays of numbers only). A run
-whose router sees later tokens has a column that says so, leaks: its losses compare with no causal model's."""
+instead, with the columns step, metric, layer, expert, other (the second expert or the domain of a matrix) and value,
+ready for a groupby (arrays of numbers only). A run whose router sees later tokens has a column that says so, leaks:
+its losses compare with no causal model's."""
 
 
 def main(argv: list[str]) -> int:
@@ -58,13 +59,14 @@ def wide(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def long(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """step, metric, layer, expert, value: one row per number; text (verdicts) is left out."""
+    """step, metric, layer, expert, other, value: one row per number; text (verdicts) is left out."""
     for row in rows:
         for name, value in row.items():
             for at, v in _elements(value):
                 if name != "step" and not isinstance(v, str):
-                    layer, expert = (*at, None, None)[:2]
-                    yield {"step": row["step"], "metric": name, "layer": layer, "expert": expert, "value": v}
+                    layer, expert, other = (*at, None, None, None)[:3]
+                    where = {"layer": layer, "expert": expert, "other": other}
+                    yield {"step": row["step"], "metric": name, **where, "value": v}
 
 
 def _elements(value: Any, at: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
@@ -73,26 +75,6 @@ def _elements(value: Any, at: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int,
             yield from _elements(inner, (*at, i))
     else:
         yield at, value
-
-
-def columns(table: list[dict[str, Any]]) -> list[str]:
-    """Every column that occurs, in the order of first appearance."""
-    return list(dict.fromkeys(name for row in table for name in row))
-
-
-def write_csv(table: list[dict[str, Any]], file: IO[str]) -> None:
-    """Undefined numbers are empty cells. Text that a spreadsheet would take for a formula gets a leading quote."""
-    names = columns(table)
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([_harmless(name) for name in names])
-    writer.writerows([_harmless(row.get(name)) for name in names] for row in table)
-
-
-def _harmless(cell: Any) -> Any:
-    """Text that no spreadsheet takes for a formula and no terminal for a command."""
-    if not isinstance(cell, str):
-        return cell
-    return f"'{printable(cell)}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else printable(cell)
 
 
 def _write(table: list[dict[str, Any]], out: Path, form: str) -> None:

@@ -1,0 +1,1 @@
+"""What came of studies, as one page for people: figures, tables, and the verdicts first."""

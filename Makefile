@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check mutants bench methods docs clean
+.PHONY: demo test check mutants bench methods studies docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/moe-lab train router=gumbel_ste
@@ -43,6 +43,12 @@ methods: $(VENV)/.installed-test
 # The runs of docs/dashboards.md, by the commands that stand there.
 DASHBOARDS := healthy collapsed undecided unspecialised oscillating
 SMALL := $(shell sed -n 's/^SMALL="\(.*\)"$$/\1/p' docs/dashboards.md)
+
+# Run the studies, or those named (make studies STUDIES="collapse leak"), and write docs/results (7 to 10 minutes each).
+STUDIES := $(basename $(notdir $(wildcard sweeps/*.yaml)))
+studies: $(VENV)/.installed-test
+	for study in $(STUDIES); do $(BIN)/moe-lab sweep $$study scale=cpu || exit 1; done
+	$(BIN)/python -m benchmarks.studies $(addprefix outputs/sweeps/,$(STUDIES))
 
 # Draw the README's pictures from real runs, and the metric and verdict pages from their declarations.
 docs: $(VENV)/.installed-test

@@ -1,8 +1,8 @@
 """What the shipped studies came to, for the repository: `make studies` runs them and writes docs/results.
 
 python -m benchmarks.studies FOLDER ... writes, for each sweep folder, docs/results/NAME.md (the command, the machine,
-the time, the verdicts and the report), its pictures with few colours, NAME.csv (a row per run) and NAME.json (the verdicts,
-for `moe-lab check DIR --expect docs/results/NAME.json`), and docs/results/README.md, a table of all that is there.
+the time, the verdicts and the report), its pictures with few colours, NAME.csv (a row per run), NAME.json (the
+verdicts, for `moe-lab check DIR --expect docs/results/NAME.json`), and docs/results/README.md, a table of all there is.
 """
 
 import contextlib

@@ -231,11 +231,12 @@ def test_mlp_scoring_of_bf16_tokens(name: str):
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         router, hidden_XD, x_TD = scored_by_mlp(name, torch.float32, **options)
-        kept: list[torch.dtype] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):  # noqa: B023
+        kept: list[Any] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((*t.shape, t.dtype)) or t, lambda t: t):  # noqa: B023
             x_TD = x_TD.bfloat16().to(dtype).requires_grad_()
             logits_TE = router(x_TD, context()).logits_TE
-        assert logits_TE.dtype == torch.float32 and (torch.bfloat16 in kept) == (dtype == torch.bfloat16)
+        assert (T, D, dtype) in kept, "what goes into the activation"
+        assert logits_TE.dtype == torch.float32
         (logits_TE * randn(T, E, key=("c",))).sum().backward()
         found.append((logits_TE.detach(), grad(x_TD), grad(hidden_XD)))
     close(dict(zip(("scores", "x", "hidden"), zip(*found, strict=True), strict=True)), BF16)

@@ -4,12 +4,6 @@ The reference runs the same experts on as many rows, by expert as the router cho
 gather, no combine. `router alone` is scores, choice, plan and their gradient, as a share of the whole layer. T=4096,
 d=256, E=8, SwiGLU of 512, one thread; random numbers are drawn beforehand, as the loop does. Score-based routers have
 targets; what looks across tokens, solves an assignment or depends on the data is labelled.
-
-scoring=mlp cannot reach its targets in bf16: its hidden layer has 1 / 12 of the FLOPs of topk's two experts (d * d to
-2 * 3 * d * f), in fp32 as all of a router. Where a bf16 product is 3.6 times as fast as an fp32 one that is 0.30 of the
-experts' time, a ratio of 1.30 and 23 % of the layer, before scores, top-k and plan. In fp32 it is 7 % of the layer, to
-which topk with linear scores adds its 1.5 %. Chunks of tokens that stay in the cache, and SiLU in memory that is there
-already, changed nothing.
 """
 
 from collections.abc import Iterator, Mapping

@@ -83,7 +83,7 @@ def fill(module: nn.Module, *key: int | str) -> None:
             if p.ndim < 2:  # gains and temperatures
                 p.fill_(1.0)
                 continue
-            inputs_last = name.endswith(("_ED", "_DD", "_LD", "_EL", "_PD", "_KD"))
+            inputs_last = name.endswith(("_ED", "_XD", "_LD", "_EL", "_PD", "_KD"))
             fan_in = p.shape[-1 if inputs_last else -2]
             p.copy_(randn(*p.shape, key=(*key, name)) * fan_in**-0.5)
 

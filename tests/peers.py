@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FP32, FP64 = 1e-5, 1e-10  # largest error over largest value
+BF16, FP32, FP64 = 2e-2, 1e-5, 1e-10  # largest error over largest value
 
 
 def hf_config(name: str, **options: Any) -> Any:

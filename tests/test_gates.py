@@ -11,7 +11,7 @@ import torch
 import yaml
 from layers import CONF, context, dense_weights, grad, make_router, preset, randn
 from oracles import scored as oracle
-from peers import FP32, FP64, close, hf, hf_config, set_weights
+from peers import BF16, FP32, FP64, close, hf, hf_config, set_weights
 from torch import Tensor
 
 from moe_lab.config import registered
@@ -199,18 +199,44 @@ def test_all_but_those_without_scores_to_learn_take_mlp_scoring():
     assert set(PRESETS) - set(SCORED) == {"dselect_k", "hash", "kmeans", "random", "soft_moe"}
 
 
+def scored_by_mlp(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Router, Tensor, Tensor]:
+    """A router, its hidden layer D wide (a quarter of the width of the tokens), and tokens [T, 4 D]."""
+    router = make_router(preset("router", name, scoring="mlp", **options), 4 * D, E, dtype)
+    hidden_XD = router.get_parameter("hidden_XD")
+    assert hidden_XD.shape == (D, 4 * D)
+    return router, hidden_XD, randn(T, 4 * D)
+
+
 @pytest.mark.parametrize("name", SCORED)
 def test_mlp_scoring_puts_a_hidden_layer_before_the_rows(name: str):
     """The linear router on silu(H x) is the mlp router on x: scores and gradients, by loops over neurons."""
-    router = make_router(preset("router", name, scoring="mlp"), D, E)
+    router, hidden_XD, x_TD = scored_by_mlp(name)
     linear = make_router(preset("router", name, scoring="linear"), D, E)
-    x_TD, hidden_DD = randn(T, D).requires_grad_(), router.get_parameter("hidden_DD")
-    theirs_TD, their_DD = x_TD.detach().clone().requires_grad_(), hidden_DD.detach().clone().requires_grad_()
-    hidden_TD = torch.stack([oracle.mlp_hidden(x, their_DD) for x in theirs_TD])
-    mine_TE = router(x_TD, context()).logits_TE
-    their_TE = linear(hidden_TD, context()).logits_TE
+    theirs_TD, their_XD = x_TD.clone().requires_grad_(), hidden_XD.detach().clone().requires_grad_()
+    hidden_TX = torch.stack([oracle.mlp_hidden(x, their_XD) for x in theirs_TD])
+    mine_TE = router(x_TD.requires_grad_(), context()).logits_TE
+    their_TE = linear(hidden_TX, context()).logits_TE
     (mine_TE * randn(T, E, key=("c",))).sum().backward()
     (their_TE * randn(T, E, key=("c",))).sum().backward()
     pairs = {"scores": (mine_TE, their_TE), "x": (grad(x_TD), grad(theirs_TD))}
-    close(pairs | {"hidden": (grad(hidden_DD), grad(their_DD))}, FP64)
+    close(pairs | {"hidden": (grad(hidden_XD), grad(their_XD))}, FP64)
     assert router.directions_ED() is None, "its rows are no directions of the token's space"
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_mlp_scoring_of_bf16_tokens(name: str):
+    """The hidden layer runs in bf16, scores are fp32; scores and gradients are near those of the tokens in fp32."""
+    # A cosine's gradient grows without bound near the origin, and in its default's two dimensions a token is there.
+    options = {"latent": D} if name == "cosine" else {}
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        router, hidden_XD, x_TD = scored_by_mlp(name, torch.float32, **options)
+        kept: list[Any] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((*t.shape, t.dtype)) or t, lambda t: t):  # noqa: B023
+            x_TD = x_TD.bfloat16().to(dtype).requires_grad_()
+            logits_TE = router(x_TD, context()).logits_TE
+        assert (T, D, dtype) in kept, "what goes into the activation"
+        assert logits_TE.dtype == torch.float32
+        (logits_TE * randn(T, E, key=("c",))).sum().backward()
+        found.append((logits_TE.detach(), grad(x_TD), grad(hidden_XD)))
+    close(dict(zip(("scores", "x", "hidden"), zip(*found, strict=True), strict=True)), BF16)

@@ -36,7 +36,7 @@ class Cosine(Gated):
         latent = latent or max(2, num_experts // 2)
         self.start = 0.3 if gate == "softmax" else 0.07
         del self.weight_ED  # its rows live in the latent space
-        self.project_LD = parameter(latent, dim, std=dim**-0.5)
+        self.project_LD = parameter(latent, self.scored_dim, std=self.scored_dim**-0.5)
         self.embedding_EL = parameter(num_experts, latent, std=latent**-0.5)
         self.log_tau = parameter(std=0.0)  # relative to the start
 
@@ -51,4 +51,4 @@ class Cosine(Gated):
 
     def directions_ED(self) -> Tensor | None:
         """Each embedding seen from the token: e_i W."""
-        return None if self.hidden_DD is not None else F.normalize(self.embedding_EL, dim=-1) @ self.project_LD
+        return None if self.hidden_XD is not None else F.normalize(self.embedding_EL, dim=-1) @ self.project_LD

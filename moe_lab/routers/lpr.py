@@ -46,13 +46,14 @@ class LPR(Gated):
         super().__init__(dim, num_experts, k=k, order=order, **common)
         self.diversity, self.align = diversity, align
         del self.weight_ED  # its rows are the prototypes
+        dim = self.scored_dim
         self.gain_D, self.shift_D = parameter(dim, std=torch.inf), parameter(dim, std=0.0)
         self.encode_LD, self.shift_L = parameter(latent, dim, std=dim**-0.5), parameter(latent, std=0.0)
         self.prototype_EL = parameter(num_experts, latent, std=latent**-0.5)  # as good as on the unit sphere
 
     def features(self, x_TD: Tensor) -> Tensor:
         """Where a token stands in the small space, [T, L], of length 1."""
-        normed_TD = F.layer_norm(precise(super().features(x_TD)), (self.dim,), self.gain_D, self.shift_D)
+        normed_TD = F.layer_norm(precise(super().features(x_TD)), self.gain_D.shape, self.gain_D, self.shift_D)
         return F.normalize(F.linear(F.silu(normed_TD), self.encode_LD, self.shift_L), dim=-1)
 
     def score(self, seen_TX: Tensor, ctx: Context) -> Tensor:

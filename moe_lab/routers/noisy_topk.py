@@ -24,8 +24,8 @@ class NoisyTopK(Gated):
 
     def __init__(self, dim: int, num_experts: int, *, k: Choices = 2, order: Order = "topk_first", **common: Any):
         super().__init__(dim, num_experts, k=k, order=order, **common)
-        self.weight_ED = parameter(num_experts, dim, std=0.0)
-        self.noise_ED = parameter(num_experts, dim, std=0.0)
+        self.weight_ED = parameter(num_experts, self.scored_dim, std=0.0)
+        self.noise_ED = parameter(num_experts, self.scored_dim, std=0.0)
 
     def noise_std(self, seen_TX: Tensor) -> Tensor:
         return F.softplus(linear(seen_TX, self.noise_ED))

@@ -108,6 +108,9 @@ MISTAKES = {
     "router=soft_moe router.causal=blocks router.block=128": ["router.block=128: must be below seq_len=128"],
     "objective=mlm router=expert_choice experts.capacity_factor=1": ["experts.capacity_factor=1", "router.capacity"],
     "objective=mlm router=expert_choice router.capacity=5": ["router.capacity=5", "at most 4"],
+    "objective=mlm router=expert_choice router.group=mixed batch_size=2 optim.accumulate=2": [
+        *("router.group=mixed", "batch_size=2", "optim.accumulate=2", "at least two"),
+    ],
     "objective=mlm router=base router.k=2": ["router.k=2: must be at most 1"],
     "router=noisy_topk balance=[load,quantile]": ["balance.load", "balance.quantile"],
     "balance=[quantile,loss_free]": ["balance=[loss_free,quantile]: both move the same selection bias; take one"],

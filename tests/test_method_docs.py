@@ -53,4 +53,5 @@ def test_the_traits_in_the_terminal() -> None:
     for name in methods.names("router"):
         (line,) = (line for line in said.out.splitlines() if line.split()[:1] == [name])
         assert line.split()[-1] == methods.row(name)[-1].split()[-1]
+    assert "all are deterministic in evaluation" in " ".join(said.out.split())
     assert moe_lab("list", "balance", "--traits").code == 2

@@ -220,6 +220,16 @@ def test_live_and_rows_of_every_gate(node: dict[str, Any]) -> None:
     test_rows(node)
 
 
+@pytest.mark.parametrize(
+    "node",  # a critic learns of the losses even where there is nothing to choose
+    [case for case in router_cases(MORE) if case.values[0]["k"] == 1 and case.values[0].get("baseline") != "critic"],
+)
+def test_live_with_one_expert(node: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A softmax over one expert is 1, and a choice of one is none; a gate that stands by itself still learns."""
+    monkeypatch.setitem(globals(), "E", 1)
+    test_live(node | {"block": S // 3} if "block" in node else node)  # more than one block
+
+
 def test_a_wrong_trait_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above can fail: each is given a router that promises the opposite."""
     topk = preset("router", "topk")

@@ -79,7 +79,7 @@ class DSelectK(Router):
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
-        return replace(super().traits(node, E), rows="shared")
+        return replace(super().traits(node, E), live=E > 1, rows="shared")
 
     def objective(self, routing: Routing, loss_T: Tensor, counted_T: Tensor) -> Tensor:
         extra = routing.extra

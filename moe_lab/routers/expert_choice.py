@@ -94,4 +94,10 @@ class ExpertChoice(Gated):
                 f"router.capacity={node['capacity']:g}: at most {E / k:g} with router.k={node['k']} of "
                 f"experts.num={cfg['experts']['num']}; then each expert takes all tokens"
             )
+        batch, accumulate = cfg["batch_size"], cfg["optim"]["accumulate"]
+        if node["group"] == "mixed" and batch == accumulate:
+            found.append(
+                f"router.group=mixed: batch_size={batch} with optim.accumulate={accumulate} leaves one sequence in a "
+                "micro-batch, whose tokens would be each other's future; at least two can be mixed"
+            )
         return found

@@ -42,4 +42,4 @@ class ReLU(Scored):
 
     @classmethod
     def traits(cls, node: Mapping[str, Any], E: int) -> Traits:
-        return replace(super().traits(node, E), rows="selected", flops=None)
+        return replace(super().traits(node, E), live=True, rows="selected", flops=None)  # of one expert as well

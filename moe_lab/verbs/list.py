@@ -78,7 +78,8 @@ def _traits() -> Any:
     table = _table(*methods.COLUMNS)
     for name in methods.names("router"):
         table.add_row(*methods.row(name))
-    table.caption = "; ".join(f"{name}: {about}" for name, about in methods.COLUMNS.items() if about)
+    legend = [f"{name}: {about}" for name, about in methods.COLUMNS.items() if about]
+    table.caption = "; ".join([*legend, "all are deterministic in evaluation"])
     return table
 
 

@@ -119,6 +119,14 @@ def test_equal_means_two_percent_and_a_label_says_why_not() -> None:
     assert list(costs.mismatches(made | {"b": far}, {"tokens"})) == []
 
 
+def test_only_arms_of_one_point_of_a_wider_grid_are_held_equal() -> None:
+    cost = {"active_params": 1.0, "flops_per_token": 1.0}
+    wider = {f"{arm} steps={n}": cost | {"tokens": float(n)} for n in (5, 6) for arm in "ab"}
+    assert not list(costs.mismatches(wider, []))
+    (line,) = costs.mismatches(wider | {"b steps=6": cost | {"tokens": 7.0}}, [])
+    assert line.startswith("the arms differ in tokens: a steps=6 has 6, b steps=6 has 7")
+
+
 def test_the_cost_of_a_model_without_weights_is_that_of_the_run(here: Path) -> None:
     assert sweep("scale=quick", "arm=switch", "seed=0").code == 0
     (run,) = load(FOLDER).by_arm()["switch"].values()

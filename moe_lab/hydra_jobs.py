@@ -121,7 +121,7 @@ def check(asked: Asked, jobs: list[list[str]], names: list[list[str]] | None = N
             found.append(checked.setdefault(name, Checked(words, cfg, name)))
         except Refused as refused:
             for line in refused.lines:
-                mistakes.setdefault(line, []).append(" ".join(words))
+                mistakes.setdefault(line, []).append(" ".join(names[number] if names else words))
     refuse([_where(problem, where, len(jobs)) for problem, where in mistakes.items()])
     return found
 

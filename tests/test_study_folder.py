@@ -25,6 +25,14 @@ def test_what_was_asked_is_read_back_and_nothing_asked_before_is_forgotten(tmp_p
     assert read(tmp_path) == united and united.jobs == [*sweep.jobs[1:], *more]
 
 
+def test_a_wider_grid_takes_no_seed_from_a_studys_arm(tmp_path: Path) -> None:
+    """optim.lr=0.003,0.01 comes upon the run that a study's arm has at the default of 0.003."""
+    sweep = made_sweep(tmp_path)
+    first = sweep.jobs[0]
+    wider = [replace(first, arm=f"{first.arm} lr=3", overrides=["lr=3"]), Job(f"{first.arm} lr=9", 0, ["lr=9"], "new")]
+    assert write(replace(sweep, jobs=wider)).jobs == [*sweep.jobs[1:], first, wider[1]]
+
+
 def test_arms_of_an_ad_hoc_grid_are_what_sets_them_apart(tmp_path: Path) -> None:
     def asked(*lines: str) -> Sweep:
         jobs = [Job("", int(line[-1]), line.split(), line.replace("=", "_")) for line in lines]

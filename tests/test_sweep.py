@@ -119,6 +119,31 @@ def test_equal_means_two_percent_and_a_label_says_why_not() -> None:
     assert list(costs.mismatches(made | {"b": far}, {"tokens"})) == []
 
 
+def test_claims_about_no_number_are_refused_before_the_first_job(here: Path) -> None:
+    claim = {"says": "x", "source": "ours", "arm": "switch", "at_least": 0.0}
+    names = ("eval/los", "eval/moe/router_cos_matrix", "eval/moe/domain_counts", "eval/moe/expert_loss")
+    said = sweep("scale=quick", study=edited(here, claims=[claim | {"metric": name} for name in names]))
+    assert said.code == 2 and tree(here) == {"tiny_study.yaml"}
+    assert [line.split(";")[0] for line in said.err.splitlines()] == [
+        "moe-lab: study.claims: eval/los: no such metric",
+        "moe-lab: study.claims: eval/moe/router_cos_matrix: a matrix per layer",
+        "moe-lab: study.claims: eval/moe/domain_counts: a matrix per layer",
+    ]
+
+
+def test_a_mistake_of_one_arm_names_the_job_by_it(here: Path) -> None:
+    said = sweep(study=edited(here, arms={"good": ["router=switch"], "bad": ["router=switch", "optim.lrr=1"]}, claims=[]))
+    assert said.code == 2 and said.err.strip().endswith("(job arm=bad seed=0 and 2 more of 6 jobs)"), said.err
+
+
+def test_only_arms_of_one_point_of_a_wider_grid_are_held_equal() -> None:
+    cost = {"active_params": 1.0, "flops_per_token": 1.0}
+    wider = {f"{arm} steps={n}": cost | {"tokens": float(n)} for n in (5, 6) for arm in "ab"}
+    assert not list(costs.mismatches(wider, []))
+    (line,) = costs.mismatches(wider | {"b steps=6": cost | {"tokens": 7.0}}, [])
+    assert line.startswith("the arms differ in tokens: a steps=6 has 6, b steps=6 has 7")
+
+
 def test_the_cost_of_a_model_without_weights_is_that_of_the_run(here: Path) -> None:
     assert sweep("scale=quick", "arm=switch", "seed=0").code == 0
     (run,) = load(FOLDER).by_arm()["switch"].values()

@@ -90,6 +90,8 @@ def _must_be_there(metric: str, runs: list[Recorded]) -> None:
     there = set().union(*(measure.holds(run) for run in runs))
     if runs and metric not in there:
         raise ValueError(measure.unknown(metric, there))
+    if runs and (line := measure.matrix(metric)):
+        raise ValueError(line)
 
 
 def _value(claim: Claim, run: Recorded) -> float | None:

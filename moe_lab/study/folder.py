@@ -63,7 +63,10 @@ def _last(overrides: list[str]) -> list[str]:
 
 
 def unite(old: list[Job], new: list[Job]) -> list[Job]:
-    """The jobs of both. A job that is asked for again, by its place or by arm and seed, is the new one."""
+    """The jobs of both. A job that is asked for again, by its place or by arm and seed, is the new one; but one of a
+    study's arms stays that where a wider grid comes upon the same run: claims look for it under that name."""
+    before = {(job.dir, job.arm): job for job in old}
+    new = [before.get((job.dir, job.arm.split(" ")[0]), job) if " " in job.arm else job for job in new]
     places, names = {job.dir for job in new}, {(job.arm, job.seed) for job in new}
     return [job for job in old if job.dir not in places and (job.arm, job.seed) not in names] + new
 

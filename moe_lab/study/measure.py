@@ -115,6 +115,19 @@ def known(metric: str) -> bool:
     return metric in names() or metric.startswith(OF_THE_CONFIG)
 
 
+def refused(metrics: list[str]) -> list[str]:
+    """Why no claim can be made of some of these: a line for each that no run holds, or that is no number."""
+    return [line for m in dict.fromkeys(metrics) if (line := matrix(m) if known(m) else unknown(m))]
+
+
+def matrix(metric: str) -> str | None:
+    """The line that says that a metric is one of pairs, which reduces to no number."""
+    declared = _metrics().get(metric.rpartition("moe/")[2])
+    if declared is None or declared.shape not in ("LEE", "LEC"):
+        return None
+    return f"{metric}: a matrix per layer; a claim is about a metric of layers or of experts (docs/metrics.md)"
+
+
 def unknown(metric: str, there: set[str] | None = None) -> str:
     """The line that says so, with the nearest name."""
     return f"{metric}: no such metric{nearest(metric, there or names())}; docs/metrics.md tells what there is"

@@ -12,7 +12,7 @@ from moe_lab.reading import json_file
 from moe_lab.run import Stop, config_hash
 from moe_lab.settings import quick
 from moe_lab.sources import sources
-from moe_lab.study import costs, dry, worker
+from moe_lab.study import costs, dry, measure, worker
 from moe_lab.study import folder as folders
 from moe_lab.study.driver import Driver, Task, alone, log_of
 from moe_lab.study.files import Study, key_of
@@ -127,7 +127,9 @@ def arm_costs(jobs: list[Job], cfgs: Mapping[str, dict[str, Any]]) -> dict[str, 
 
 
 def guard(study: Study, found: Mapping[str, Mapping[str, float]]) -> None:
-    """Show what the arms cost. Stop(2) where they differ without a label."""
+    """Show what the arms cost. Stop(2) where they differ without a label, or a claim is about what is no number."""
+    if unjudgeable := worker.ask(measure.refused, [claim.metric for claim in study.claims]):
+        raise Stop(2, "\n".join(f"study.claims: {line}" for line in unjudgeable))
     for line in costs.lines(found):
         print(printable(line))
     for quantity, why in study.unequal.items():

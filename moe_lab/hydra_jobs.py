@@ -60,10 +60,14 @@ class Asked:
         return [o for o in said if not o.lstrip("+~").startswith(DRIVERS_OWN)]
 
     @property
+    def launcher(self) -> str:
+        return str(self.master.hydra.runtime.choices["hydra/launcher"])
+
+    @property
     def through_hydra(self) -> bool:
         """Whether one of Hydra's launchers was asked for."""
         named = any(str(o).startswith("hydra/launcher=") for o in self.master.hydra.overrides.hydra)
-        return named or self.master.hydra.runtime.choices["hydra/launcher"] != "basic"
+        return named or self.launcher != "basic"
 
 
 def ask(app: Hydra, config_name: str, overrides: list[str]) -> Asked:
@@ -191,6 +195,7 @@ def _reads_the_seed(node: Any) -> bool:
 def launch(asked: Asked, jobs: list[Checked], task: TaskFunction) -> list[JobReturn]:
     """Hand the jobs to Hydra's launcher, which runs `task` for each in its directory below the sweep's folder."""
     hydra_only = [str(o) for o in asked.master.hydra.overrides.hydra]
+    hydra_only += [f"hydra.sweep.dir={quoted(str(asked.folder))}"]  # which may follow from the job's part: sweep.name
     cfg = asked.app.compose_config(asked.config_name, hydra_only, RunMode.MULTIRUN, with_log_configuration=True)
     context = HydraContext(config_loader=asked.app.config_loader, callbacks=Callbacks(cfg))
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=cfg)

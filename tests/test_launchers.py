@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +40,7 @@ def test_a_study_runs_by_submitit(monkeypatch: pytest.MonkeyPatch) -> None:
     results = load(FOLDER)
     assert [r.state for r in results.results] == ["completed"] * 2 and results.notes == []
     pids = {json.loads((FOLDER / r.job.dir / "status.json").read_text())["pid"] for r in results.results}
-    assert len(pids) == 2 and os.getpid() not in pids and len(list((FOLDER / ".submitit").iterdir())) == 2
+    assert len(pids) == 2 and os.getpid() not in pids and len(list(FOLDER.glob(".submitit/*/*_result.pkl"))) == 2
     assert "2 of 2 completed" in moe_lab("status", str(FOLDER)).out
     job = results.sweep.jobs[0]
     assert moe_lab("train", *job.overrides, "hydra.run.dir=by_hand").code == 0
@@ -150,7 +149,7 @@ def test_a_launcher_that_gives_up_is_not_the_end_of_the_others(
 ) -> None:
     """It raises for the first job that was killed; the states of all are told once the last has ended."""
     sweep = made_sweep(here / "sweep")
-    done, killed, bad, never = sweep.jobs
+    done, killed, bad, _ = sweep.jobs
     made_run(sweep, done)
     made_run(sweep, killed, "running")
     made_run(sweep, bad, "diverged", "loss is not finite")
@@ -170,4 +169,3 @@ def test_a_launcher_that_gives_up_is_not_the_end_of_the_others(
         "moe-lab: 1 of 4 runs never began",
         "moe-lab: 1 of 4 runs failed",
     ]
-    assert never.arm == "switch_balanced" and sys.exc_info() == (None, None, None)

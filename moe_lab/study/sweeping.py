@@ -34,6 +34,8 @@ class Wishes:
 
 def carry_out(sweep: Sweep, asked: Asked, checked: list[Checked], wishes: Wishes) -> int:
     """Run what is not finished, and return the exit code. Stop where another sweeper is here or arms are unequal."""
+    if asked.through_hydra and (wishes.jobs or wishes.timeout):
+        raise Stop(2, "--jobs and --timeout are for moe-lab's own processes; submitit has hydra.launcher.timeout_min=")
     cfgs = {job.dir: job.cfg for job in checked}
     if (sweep.folder / SWEEP).exists():
         _must_be_the_same(folders.read(sweep.folder), sweep)
@@ -49,8 +51,6 @@ def carry_out(sweep: Sweep, asked: Asked, checked: list[Checked], wishes: Wishes
         sweep = folders.write(sweep)
         jobs = [job for job in sweep.jobs if job.dir in todo]
         if asked.through_hydra:
-            if wishes.jobs or wishes.timeout:
-                raise Stop(2, "--jobs and --timeout are moe-lab's own; submitit has hydra.launcher.timeout_min=")
             for job in jobs:
                 _make_way(sweep, job)
             return launched.go(sweep, asked, jobs, {job.dir: job for job in checked}, wishes.task)

@@ -116,7 +116,7 @@ def test_jobs_go_on_without_the_command(here: Here) -> None:
     first = here.runs(sweep, 0)
     parent.send_signal(signal.SIGKILL)
     parent.communicate()
-    assert " running" in here.say("status", str(sweep))[1].splitlines()[0]
+    assert " running" in here.say("status", str(sweep))[1]
     code, _, err = here.say(*words)
     assert code == 4 and f"Slurm still has jobs of this sweep: {first}" in err
     assert here.say("watch", str(sweep))[1].splitlines()[-1] == "tiny_study: 2 of 2 completed"

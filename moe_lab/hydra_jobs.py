@@ -7,7 +7,7 @@ or one of Hydra's launchers where `hydra/launcher=` names one.
 import copy
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,14 @@ class Asked:
         return [o for o in said if not o.lstrip("+~").startswith(DRIVERS_OWN)]
 
     @property
+    def launcher(self) -> str:
+        return str(self.master.hydra.runtime.choices["hydra/launcher"])
+
+    @property
     def through_hydra(self) -> bool:
         """Whether one of Hydra's launchers was asked for."""
         named = any(str(o).startswith("hydra/launcher=") for o in self.master.hydra.overrides.hydra)
-        return named or self.master.hydra.runtime.choices["hydra/launcher"] != "basic"
+        return named or self.launcher != "basic"
 
 
 def ask(app: Hydra, config_name: str, overrides: list[str]) -> Asked:
@@ -73,6 +77,8 @@ def ask(app: Hydra, config_name: str, overrides: list[str]) -> Asked:
     asked = Asked(app, config_name, hydra_app.compose(app, config_name, overrides, RunMode.MULTIRUN))
     folder = told(lambda: str(asked.master.hydra.sweep.dir), app, config_name, overrides)
     refuse(places.directory("hydra.sweep.dir", folder))
+    if asked.through_hydra:
+        for_launcher(asked)
     return asked
 
 
@@ -188,10 +194,30 @@ def _reads_the_seed(node: Any) -> bool:
     return isinstance(node, str) and "${" in node and "seed" in node
 
 
+def for_launcher(asked: Asked) -> DictConfig:
+    """What a launcher is told. Refused where a word of it has two lines: submitit writes a script for Slurm."""
+    said = [str(o) for o in asked.master.hydra.overrides.hydra]
+    said.append(f"hydra.sweep.dir={quoted(str(asked.folder))}")  # it may follow from the job's part, as sweep.name
+    cfg = asked.app.compose_config(asked.config_name, said, RunMode.MULTIRUN, with_log_configuration=True)
+    options = told(lambda: OmegaConf.to_container(cfg.hydra.launcher, resolve=True), asked.app, asked.config_name, said)
+    refuse([f"hydra.launcher: {word!r} has more than one line" for word in _words(options) if not word.isprintable()])
+    return cfg
+
+
+def _words(node: Any) -> Iterator[str]:
+    """All keys and values."""
+    if isinstance(node, dict):
+        node = [*node, *node.values()]
+    if isinstance(node, list):
+        for one in node:
+            yield from _words(one)
+    else:
+        yield str(node)
+
+
 def launch(asked: Asked, jobs: list[Checked], task: TaskFunction) -> list[JobReturn]:
     """Hand the jobs to Hydra's launcher, which runs `task` for each in its directory below the sweep's folder."""
-    hydra_only = [str(o) for o in asked.master.hydra.overrides.hydra]
-    cfg = asked.app.compose_config(asked.config_name, hydra_only, RunMode.MULTIRUN, with_log_configuration=True)
+    cfg = for_launcher(asked)
     context = HydraContext(config_loader=asked.app.config_loader, callbacks=Callbacks(cfg))
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=cfg)
     words = [[*job.words, f"hydra.sweep.subdir={quoted(job.dir)}"] for job in jobs]

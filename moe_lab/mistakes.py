@@ -23,7 +23,7 @@ from moe_lab.config import nearest
 from moe_lab.secrecy import redact
 
 HIDDEN = (".name", "_target_")
-LAUNCHERS = " (pip install hydra-joblib-launcher or hydra-submitit-launcher)"
+LAUNCHERS = " (moe-lab[slurm] has submitit's, moe-lab[ray] Ray's)"
 
 
 def explain(error: BaseException, loader: ConfigLoader, config_name: str, overrides: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import yaml
 
-from moe_lab import __version__, durable, places, reading
+from moe_lab import __version__, durable, places, reading, slurm
 from moe_lab.secrecy import hide, redact, redacted
 from moe_lab.sources import sources
 
@@ -71,7 +71,7 @@ class Run:
             self._status("created")
         self._metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         self._timing = open(self.folder / "timing.jsonl", "ab", buffering=0)
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        self._handlers = {s: signal.signal(s, self._on_signal) for s in slurm.SIGNALS}
         self.started = time.monotonic()
         return self
 
@@ -164,7 +164,7 @@ class Run:
 
     def _status(self, status: str, error: str | None = None) -> None:
         state = {"status": status, "step": self.step, "error": error, "attempt": self.attempt}
-        durable.write_json(self.folder / "status.json", state | {"pid": os.getpid(), "host": platform.node()})
+        durable.write_json(self.folder / "status.json", state | slurm.this_process())
 
     def _on_signal(self, number: int, frame: object) -> None:
         """Once training has begun only a flag: the update is finished first. Before, there is nothing to save."""

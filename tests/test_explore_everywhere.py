@@ -36,7 +36,8 @@ CASES = {case.id: case.values[0] for case in router_cases()}
 
 
 def refusals(node: dict[str, Any], name: str) -> list[str]:
-    cfg = {"router": node, "explore": {name: preset("explore", name)}, "balance": {}}
+    experts = {"num": 4, "granularity": 1, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0}
+    cfg = {"router": {"k": 1} | node, "experts": experts, "explore": {name: preset("explore", name)}, "balance": {}}
     return registered("explore")[name].conflicts(cfg["explore"][name], cfg)
 
 

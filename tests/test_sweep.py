@@ -132,7 +132,8 @@ def test_claims_about_no_number_are_refused_before_the_first_job(here: Path) -> 
 
 
 def test_a_mistake_of_one_arm_names_the_job_by_it(here: Path) -> None:
-    said = sweep(study=edited(here, arms={"good": ["router=switch"], "bad": ["router=switch", "optim.lrr=1"]}, claims=[]))
+    arms = {"good": ["router=switch"], "bad": ["router=switch", "optim.lrr=1"]}
+    said = sweep(study=edited(here, arms=arms, claims=[]))
     assert said.code == 2 and said.err.strip().endswith("(job arm=bad seed=0 and 2 more of 6 jobs)"), said.err
 
 

@@ -43,6 +43,8 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run of a sweep, with the record that the live mirror wrote offline."""
     folder = tmp_path_factory.mktemp("live") / "sweeps/study/run"
+    folder.parent.mkdir(parents=True)
+    (folder.parent / "sweep.json").write_text("{}")  # as in a sweep's folder, whose name is the group
     overrides = ["logger=[wandb]", "wandb.tags=[mine]", "wandb.project=p", "steps=20", "eval_every=10", "log_every=4"]
     train(tiny(*overrides), folder, [], {})
     return folder
@@ -51,7 +53,7 @@ def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(mirrored: Path, tmp_path: Path) -> Path:
     """A copy of that run to do things to, under the same name."""
-    return Path(shutil.copytree(mirrored, tmp_path / "sweeps/study/run", symlinks=True))
+    return Path(shutil.copytree(mirrored.parent, tmp_path / "sweeps/study", symlinks=True)) / "run"
 
 
 @pytest.fixture

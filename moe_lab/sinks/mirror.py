@@ -143,7 +143,7 @@ def serve(player: Callable[[Callable[[str, str], None]], Any]) -> None:
     signal to every process of a job does not end this one; what the sink started may end (wandb-core does, and the
     record then ends there).
     """
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(stop, signal.SIG_IGN)
     calls, reports = os.fdopen(os.dup(0), "rb"), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)

@@ -17,6 +17,7 @@ from typing import Any
 from moe_lab import durable
 from moe_lab.cli import complain
 from moe_lab.run import Stop, read_status
+from moe_lab.slurm import SIGNALS
 from moe_lab.study import folder as folders
 from moe_lab.study import worker
 from moe_lab.study.folder import Job, Sweep
@@ -26,7 +27,6 @@ from moe_lab.study.show import span
 
 TICK = 0.2  # seconds between looks at clocks and signals
 GRACE = 30.0  # seconds between SIGTERM and SIGKILL for a job that took too long
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_lab import reading, recorded
+from moe_lab import reading, recorded, slurm
 from moe_lab.recorded import Recorded, flat
 from moe_lab.run import NOT_NUMBERS, read_status
 from moe_lab.study import folder as folders
@@ -107,10 +107,12 @@ def state_of(run_dir: Path) -> tuple[str, str | None]:
 
 
 def _alive(run_dir: Path, status: dict[str, Any]) -> bool:
-    """Whether the process that wrote a status still works; another machine's is believed."""
+    """Whether the process that wrote a status still works; another machine's is believed, unless Slurm knows better."""
     pid = status.get("pid")
     if status.get("host", platform.node()) != platform.node():
-        return True
+        written = (run_dir / "status.json").stat().st_mtime
+        queue = slurm.QUEUE.at(written) if "slurm" in status else None
+        return queue is None or status["slurm"] in queue
     if type(pid) is not int or not _exists(pid):
         return False
     try:

@@ -5,21 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_lab import durable, hydra_jobs
+from moe_lab import durable, slurm
 from moe_lab.cli import complain, printable
 from moe_lab.hydra_jobs import Asked, Checked
 from moe_lab.reading import json_file
 from moe_lab.run import Stop, config_hash
 from moe_lab.settings import quick
 from moe_lab.sources import sources
-from moe_lab.study import costs, dry, measure, worker
+from moe_lab.study import costs, dry, launched, measure, worker
 from moe_lab.study import folder as folders
 from moe_lab.study.driver import Driver, Task, alone, log_of
 from moe_lab.study.files import Study, key_of
 from moe_lab.study.folder import SWEEP, Job, Sweep
 from moe_lab.study.room import cores
 from moe_lab.study.screen import Screen
-from moe_lab.study.show import name
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Wishes:
 
 def carry_out(sweep: Sweep, asked: Asked, checked: list[Checked], wishes: Wishes) -> int:
     """Run what is not finished, and return the exit code. Stop where another sweeper is here or arms are unequal."""
+    if asked.through_hydra and (wishes.jobs or wishes.timeout):
+        raise Stop(2, "--jobs and --timeout are for moe-lab's own processes; submitit has hydra.launcher.timeout_min=")
     cfgs = {job.dir: job.cfg for job in checked}
     if (sweep.folder / SWEEP).exists():
         _must_be_the_same(folders.read(sweep.folder), sweep)
@@ -44,10 +45,15 @@ def carry_out(sweep: Sweep, asked: Asked, checked: list[Checked], wishes: Wishes
         todo = {job.dir for job in _unfinished(sweep, cfgs, wishes)}
         ours = [job.dir for job in sweep.jobs]
         _tell_what_stays([sweep.folder / name for name in ours if name not in todo], len(ours))
+        if todo and (queued := slurm.submitted(sweep.folder)):
+            told = f"Slurm still has jobs of this sweep: {', '.join(queued[:3])}{', ...' * (len(queued) > 3)}"
+            raise Stop(4, f"{sweep.folder}: {told}; moe-lab watch {sweep.folder} shows them, scancel ends them")
         sweep = folders.write(sweep)
         jobs = [job for job in sweep.jobs if job.dir in todo]
         if asked.through_hydra:
-            return _through_hydra(sweep, asked, jobs, {job.dir: job for job in checked}, wishes)
+            for job in jobs:
+                _make_way(sweep, job)
+            return launched.go(sweep, asked, jobs, {job.dir: job for job in checked}, wishes.task)
         return _drive(sweep, asked, [Task(job, cfgs[job.dir]) for job in jobs], wishes)
 
 
@@ -93,20 +99,6 @@ def _make_way(sweep: Sweep, job: Job) -> None:
     """A finished job that runs again, since other sources made it, starts from nothing."""
     if finished(sweep.folder / job.dir, None):
         durable.remove(sweep.folder / job.dir)
-
-
-def _through_hydra(sweep: Sweep, asked: Asked, jobs: list[Job], checked: Mapping[str, Checked], wishes: Wishes) -> int:
-    """The same jobs by one of Hydra's launchers: it decides where and when they run."""
-    assert wishes.task is not None
-    for job in jobs:
-        _make_way(sweep, job)
-        folders.mark(sweep, job)
-    returns = hydra_jobs.launch(asked, [checked[job.dir] for job in jobs], wishes.task) if jobs else []
-    failed = [(job, ret.return_value) for job, ret in zip(jobs, returns, strict=True) if ret.return_value.get("exit")]
-    for job, value in failed:
-        complain([f"failed: {name(job)}: {value['message']}"])
-    complain([f"{len(failed)} of {len(jobs)} runs failed"] if failed else [])
-    return 1 if failed else 0
 
 
 def finished(run_dir: Path, cfg: Mapping[str, Any] | None) -> str | None:

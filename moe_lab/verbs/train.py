@@ -5,6 +5,7 @@ import contextlib
 import errno
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -138,17 +139,27 @@ def job(cfg: Any) -> dict[str, Any]:
     done = (read_status(folder) or {}).get("status") == "completed"
     summary = guarded(go, folder)
     code = summary.get("exit", 0)
+    if code == 75 and "SIGUSR2" in summary["message"]:
+        ask_for_another_try()
     if done and not code:
         print(f"{folder}: was completed before")
     if code in (2, 5) and not sweep and not (folder / "env.json").exists():  # it never began
         with contextlib.suppress(OSError):  # a disk that failed may fail again; the message stands
             forget(folder, Path(cfg.output_dir))
-    if code and (not sweep or code in (75, 130)):
+    ends_all = code in (75, 130) and hydra.runtime.choices["hydra/launcher"] == "basic"  # one process for all jobs
+    if code and (not sweep or ends_all):
         complain([summary["message"]] if summary["message"] else [])
         raise SystemExit(code)
     if code:
         log.error("%s", summary["message"])
     return summary
+
+
+def ask_for_another_try() -> None:
+    """Hand SIGUSR2 on to submitit, which has Slurm queue the job again and ends this process."""
+    if callable(signal.getsignal(signal.SIGUSR2)):
+        with contextlib.suppress(Exception):  # the job may not try again; the run has said already how it ended
+            signal.raise_signal(signal.SIGUSR2)
 
 
 def guarded(go: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def _watch(sweep) -> None:
     import rich
     from rich.live import Live
 
+    from moe_lab.slurm import submitted
     from moe_lab.study.folder import read
     from moe_lab.study.show import Pace, View, counts, screen
 
@@ -43,7 +44,8 @@ def _watch(sweep) -> None:
             if not console.is_interactive and (now := counts(seen)) != told:
                 told = now
                 print(printable(f"{sweep.name}: {told}"), flush=True)
-            quiet = 0 if any(one.state == "running" for one in seen) else quiet + 1
+            busy = any(one.state == "running" for one in seen) or submitted(sweep.folder)
+            quiet = 0 if busy else quiet + 1
             if quiet >= PAUSE or all(one.state == "completed" for one in seen):
                 return
             time.sleep(EVERY)

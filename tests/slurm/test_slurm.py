@@ -111,12 +111,12 @@ def self_resumed(here: Here, sweep: Path) -> bool:
 
 
 def test_jobs_go_on_without_the_command(here: Here) -> None:
-    words = (*STUDY, *LONG, "seed=range(2)")
+    words = (*STUDY, *LONG, "steps=600", "seed=range(4)")
     parent, sweep = here.start(*words), here.folder / "outputs/sweeps/tiny_study"
-    first = here.runs(sweep, 0)
+    array = here.runs(sweep, 0).partition("_")[0]
     parent.send_signal(signal.SIGKILL)
     parent.communicate()
     assert " running" in here.say("status", str(sweep))[1]
     code, _, err = here.say(*words)
-    assert code == 4 and f"Slurm still has jobs of this sweep: {first}" in err
-    assert here.say("watch", str(sweep))[1].splitlines()[-1] == "tiny_study: 2 of 2 completed"
+    assert code == 4 and f"Slurm still has jobs of this sweep: {array}_" in err
+    assert here.say("watch", str(sweep))[1].splitlines()[-1] == "tiny_study: 4 of 4 completed"

@@ -65,6 +65,9 @@ def complete(line: str) -> list[str]:
     if before[0] == "list":
         names = () if len(before) > 1 else [*presets.groups(presets.own_dir()), "sweeps"]
         return [f"{name} " for name in names if name.startswith(word)]
+    if before == ["sweep"]:
+        names = {path.stem for folder in (presets.sweeps_dir(), Path("sweeps")) for path in folder.glob("*.yaml")}
+        return [f"{name} " for name in sorted(names) if name.startswith(word)]
     return _train(word, before[1:]) if before[0] == "train" else []
 
 

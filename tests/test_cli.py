@@ -151,6 +151,7 @@ def test_a_reader_that_leaves_early_hears_nothing(here: Path) -> None:
         ("moe-lab train --cf", ["--cfg "]),
         ("moe-lab train --cfg j", ["job "]),
         ("moe-lab list opt", ["optim "]),
+        ("moe-lab sweep col", ["collapse "]),
         ("moe-lab verify out", []),  # bash completes the path
     ],
 )

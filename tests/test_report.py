@@ -44,6 +44,15 @@ def test_all_files_are_there(out: Path) -> None:
     assert found == {"report.html", "report.md", "summary.csv"} | names
 
 
+def test_figures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "report.md").write_text("![x](figures/gone-load.png)")
+    for name in ("gone-load.png", "gone-load.svg", "mine.png"):
+        (tmp_path / "figures" / name).touch()
+    report([], [], tmp_path)
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["mine.png"]
+
+
 def test_verdicts_come_first_with_a_sentence_each(page: Page) -> None:
     told = [
         "1 of 13 runs diverged: even seed 3",

@@ -169,6 +169,18 @@ def test_runs_that_no_sweep_asked_for(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_a_damaged_run_among_others_is_listed(tmp_path: Path) -> None:
+    sweep = made_sweep(tmp_path)
+    good, bad = (made_run(sweep, job) for job in sweep.jobs[:2])
+    (tmp_path / SWEEP).unlink()
+    (bad / "config.yaml").write_text("[")
+    found = load(tmp_path)
+    assert [(r.job.dir, r.state) for r in found.results] == [(good.name, "completed"), (bad.name, "failed")]
+    assert "damaged" in str(found.results[1].why) and found.notes == [f"1 of 2 runs failed: {bad.name} seed 0"]
+    with pytest.raises(Damaged):
+        load(bad)
+
+
 def test_sources_are_a_hash_of_what_makes_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_lab import sources as module
 

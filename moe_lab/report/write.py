@@ -1,6 +1,7 @@
 """A report's files: report.html, report.md, summary.csv and figures/."""
 
 import io
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,15 @@ def report(results: Sequence[Results], verdicts: Sequence[list[Verdict]], out: P
         for f in of_section:
             files |= {f"figures/{s.slug}-{f.name}.{form}": drawn for form, drawn in figure.files(f).items()}
     (out / "figures").mkdir(parents=True, exist_ok=True)
+    for name in _shown_before(out) - set(files):
+        (out / name).unlink(missing_ok=True)
     for name, content in files.items():
         durable.write(out / name, content)
     return [out / name for name in files]
+
+
+def _shown_before(out: Path) -> set[str]:
+    """Figures that an earlier report.md here shows: of arms that are gone, they would be taken for this report's."""
+    text = (out / "report.md").read_text(errors="replace") if (out / "report.md").is_file() else ""
+    stems = set(re.findall(r"figures/([\w.-]+)\.(?:svg|png)", text))
+    return {f"figures/{stem}.{form}" for stem in stems for form in ("svg", "png")}

@@ -61,16 +61,30 @@ def load(folder: Path) -> Results:
 def of_runs(runs: list[Path], folder: Path | None = None) -> Results:
     """Runs that no sweep asked for, with an arm for each config."""
     top = folder or Path(os.path.commonpath([path.absolute() for path in runs]))
-    given = [_given(path, recorded.read(path)) for path in runs]
-    jobs: list[Job] = []
+    given, damaged = list[tuple[tuple[Job, str], dict[str, Any]]](), dict[Path, ValueError]()
+    for path in runs:
+        try:
+            given.append(_given(path, recorded.read(path)))
+        except ValueError as error:
+            damaged[path] = error
+    if damaged and not (folder and given):  # one that was named, or all there is
+        raise next(iter(damaged.values()))
+    runs, jobs = [path for path in runs if path not in damaged], list[Job]()
     for path, ((job, router), _), told in zip(runs, given, _told_apart([keys for _, keys in given]), strict=True):
         arm = router if told == "default" else told
         same = sum(other.seed == job.seed and other.arm.split(" (run ")[0] == arm for other in jobs)
         arm = f"{arm} (run {same + 1})" if same else arm
         jobs.append(Job(arm, job.seed, job.overrides, os.path.relpath(path, top)))
     name = top.name if folder or len(runs) == 1 else f"{len(runs)} runs"
-    sweep = Sweep(top, name, None, None, jobs, "")
-    return _results(sweep, [_result(job, path) for job, path in zip(jobs, runs, strict=True)])
+    found = [_result(job, path) for job, path in zip(jobs, runs, strict=True)]
+    found += [_unread(path, top, error) for path, error in damaged.items()]
+    return _results(Sweep(top, name, None, None, [result.job for result in found], ""), found)
+
+
+def _unread(path: Path, top: Path, error: ValueError) -> Result:
+    """A directory that holds no run any more, listed under its name."""
+    where = os.path.relpath(path, top)
+    return Result(Job(where, 0, [], where), None, "failed", " ".join(str(error).split()), None, None)
 
 
 def _given(path: Path, run: Recorded) -> tuple[tuple[Job, str], dict[str, Any]]:
@@ -162,7 +176,7 @@ def _notes(sweep: Sweep, results: list[Result]) -> Iterator[str]:
     if len(versions) > 1:
         told = f"{len(versions)} versions of moe-lab's sources ({', '.join(versions)})"
         yield f"these runs come from {told}; --fresh runs the older ones again"
-    if edited := sum(result.claims not in (None, sweep.claims) for result in ran):
+    if sweep.study and (edited := sum(result.claims not in (None, sweep.claims) for result in ran)):
         yield f"the claims were changed after {edited} of {len(ran)} runs began"
     for state, words in BAD.items():
         if bad := [f"{result.job.arm} seed {result.job.seed}" for result in results if result.state == state]:

@@ -4,6 +4,7 @@ Each is a session of its own, so that Ctrl-C reaches the driver alone. It ends w
 the driver's end of its pipe closes, however the driver died, and a run that is told SIGTERM writes a checkpoint.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import multiprocessing
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,9 @@ def ask(function: Callable[..., Any], *args: Any) -> Any:
         good, answer = ours.recv()
     except EOFError:
         raise OSError(f"a process that was to measure ended with {process.exitcode}") from None
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
     finally:
         ours.close()
         process.join()
@@ -90,6 +95,11 @@ def _forks():
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when the forkserver imports torch
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
+    heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a terminal's Ctrl-C is for the driver alone
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, heed)
     return context
 
 
@@ -117,9 +127,11 @@ def set_up(log: Path, run_dir: Path, cwd: str, env: dict[str, str]) -> None:
 
 def _answer(to: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     try:
-        to.send((True, function(*args)))
+        answer = True, function(*args)
     except Exception as error:
-        to.send((False, error))
+        answer = False, error
+    with contextlib.suppress(BrokenPipeError):  # whoever asked has ended
+        to.send(answer)
 
 
 def _speak_into(log: Path) -> None:

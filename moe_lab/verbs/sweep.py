@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("study", metavar="NAME", help="a study (below), or a file of your own")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="scale=, arm=, seed=, any key of moe-lab train"
+        "overrides", nargs="*", metavar="OVERRIDE", help="scale=, arm=, seed=, any key of moe-lab train"
     )
     parser.add_argument("--jobs", type=int, help="at a time; default: one per core, on a GPU as many as fit")
     parser.add_argument("--timeout", type=float, metavar="MINUTES", help="end a job that takes longer")

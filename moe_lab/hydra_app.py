@@ -37,8 +37,9 @@ TARGETS = {
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
     "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher",
 }
-# Of a launcher's options those that run commands, install packages or set environment variables.
-RUNS_CODE = ("setup", "export", "export-file", "export_file", "runtime_env")
+# How those options of a launcher begin that run commands, install packages, set the environment or lead to other code;
+# of sbatch a beginning is enough.
+RUNS_CODE = ("setup", "teardown", "srun_args", "export", "ch", "conta", "runtime_env")
 HANDLERS = (
     "logging.NullHandler",
     "logging.StreamHandler",
@@ -192,7 +193,7 @@ def forbidden(node: Any, path: str = "hydra") -> Iterator[str]:
             yield f"{where}={value}: not allowed; log handlers are {', '.join(HANDLERS)}"
         elif where == "hydra.job.env_set" and value:
             yield f"{where}: not allowed; set environment variables in your shell"
-        elif path.startswith("hydra.launcher") and key in RUNS_CODE and value:
+        elif path.startswith("hydra.launcher") and str(key).startswith(RUNS_CODE) and value:
             yield f"{where}: not allowed; configs are data: prepare your shell, whose environment the jobs inherit"
         else:
             yield from forbidden(value, where)

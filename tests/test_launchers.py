@@ -79,7 +79,10 @@ def test_the_signal_before_the_end_saves_and_is_handed_on(
 
 REFUSED = {
     "commands": "hydra.launcher.setup=['rm x']",
+    "commands at the end": "+hydra.launcher.teardown=['rm x']",
+    "commands of srun's": "+hydra.launcher.srun_args=['--task-prolog=x']",
     "environment": "+hydra.launcher.additional_parameters.export=LD_PRELOAD",
+    "another folder's modules": "+hydra.launcher.additional_parameters.chdir=x",
     "a second line of the batch file": 'hydra.launcher.comment="a\nrm x"',
     "minutes": "--timeout=1",
     "jobs": "--jobs=1",

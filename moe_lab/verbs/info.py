@@ -12,7 +12,14 @@ from moe_lab.cli import arguments, printable, quiet_pipe
 from moe_lab.secrecy import hide
 
 PACKAGES = ("torch", "hydra-core", "omegaconf", "pydantic", "numpy", "safetensors", "rich", "wandb", "datasets")
-EXTRAS = ("tokenizers", "transformers", "pyarrow", "hydra-joblib-launcher", "hydra-submitit-launcher")
+EXTRAS = (
+    "tokenizers",
+    "transformers",
+    "pyarrow",
+    "hydra-joblib-launcher",
+    "hydra-submitit-launcher",
+    "hydra-ray-launcher",
+)
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 

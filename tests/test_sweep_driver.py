@@ -5,7 +5,9 @@ sizes of a hundred jobs.
 """
 
 import json
+import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from moe_lab.run import read_status
+from moe_lab.study import worker
 from moe_lab.study.results import load
 
 ROOT = Path(__file__).parents[1]
@@ -177,3 +180,24 @@ def test_other_sources_are_said_and_fresh_runs_them_again(tmp_path: Path) -> Non
     assert code == 0 and "3 of 4 jobs were run by other sources" in err and len(ran(tmp_path)) == 4
     code, _, err = Sweeper(tmp_path, "sweep", *study, "--fresh", SECONDS="0").end()
     assert code == 0 and len(ran(tmp_path)) == 7 and "other sources" not in err
+
+
+def test_who_measures_for_a_driver_that_is_gone_says_nothing() -> None:
+    """A driver that was killed meanwhile reads no answer, neither a number nor an error."""
+    for function in (dict, lambda: 1 / 0):
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        ours.close()
+        worker._answer(theirs, function, ())
+
+
+def test_ctrl_c_does_not_reach_what_forks_the_jobs(tmp_path: Path) -> None:
+    """While it imports what it preloads, too: later it ignores the signal by itself."""
+    (tmp_path / "slow.py").write_text("import time; time.sleep(5)")
+    script = "from multiprocessing import forkserver as f; from moe_lab.study import worker; worker.HEAVY = ['slow']; "
+    script += "worker._forks(); print(f._forkserver._forkserver_pid, flush=True)"
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=env) as asker:
+        assert asker.stdout is not None
+        status = Path(f"/proc/{asker.stdout.readline().strip()}/status")
+        ignored = re.search(r"SigIgn:\s*(\w+)", status.read_text())
+    assert ignored and int(ignored[1], 16) & 1 << signal.SIGINT - 1

@@ -22,6 +22,7 @@ OF_ONE_EXPERT = {
 }
 # noisy_topk starts at zero, and with one expert or none that is used no gradient moves it: rows without a direction.
 OF_ROWS_OF_ZEROS = {
+    "router_cos_matrix",
     *("centroid_cos", "centroid_cos_raw", "router_cos", "router_cos_abs", "score_act_pearson", "score_act_spearman"),
     *("coupling_matched", "coupling_mismatched", "coupling_gap"),
     *("coupling_signed_matched", "coupling_signed_mismatched", "coupling_signed_gap"),
